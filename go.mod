@@ -1,0 +1,3 @@
+module nbd
+
+go 1.26
