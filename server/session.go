@@ -1,0 +1,36 @@
+package server
+
+import (
+	"log/slog"
+
+	"nbd/nixproto"
+)
+
+// A Session is one exec command of a client, from its start to its end.
+// Its fields do not change after it started.
+type Session struct {
+	// ID names the session in logs and, where a fault is the server's own, in
+	// what the client is told. It is unique while the server runs.
+	ID string
+	// Client is who asks: a key and the account it belongs to.
+	Client *Client
+	// Env are the service settings that the client sent for the session
+	// (names that begin with NBD_ or NIXBUILDNET_), as it spelled them.
+	Env map[string]string
+	// Log carries the attributes client and session.
+	Log *slog.Logger
+
+	proto  protocol
+	leases leases
+}
+
+// leases keeps paths of one account from collection until it is released
+// (*store.Lease). Its methods may be called concurrently.
+type leases interface {
+	Add(paths ...nixproto.StorePath)
+	Release()
+}
+
+// Keep keeps paths in the session's view from being collected until the
+// session ends: those it brought, those it was told are valid.
+func (s *Session) Keep(paths ...nixproto.StorePath) { s.leases.Add(paths...) }
