@@ -1,0 +1,2 @@
+// Package store is what is on disk.
+package store
