@@ -13,7 +13,7 @@
 // archive for a tree, and the parser takes no other bytes. Names are 1 to 255
 // bytes, neither "." nor "..", without slash or NUL, and strictly increasing
 // in byte order within a directory; targets are 1 to 4095 bytes without NUL;
-// padding is zero; entries nest at most 64 deep (MaxDepth).
+// padding is zero; entries nest at most 64 levels deep (MaxDepth).
 //
 // A Parser is pushed the bytes of an archive as they arrive, in pieces of any
 // size, and leaves an Index: what is in the archive, and where the contents of
@@ -30,9 +30,9 @@ import (
 
 // The bounds of an archive, besides those of Limits.
 const (
-	// MaxDepth is the Depth of the deepest entry: the root is at 0, an entry
-	// of the root directory at 1.
-	MaxDepth = 64
+	// MaxDepth is the Depth of the deepest entry: 64 levels, the root, at 0,
+	// among them. Nix 2.35 and newer neither write nor read more.
+	MaxDepth = 63
 	// MaxNameLen is the longest name of a directory entry, in bytes.
 	MaxNameLen = 255
 	// MaxTargetLen is the longest target of a symbolic link, in bytes.

@@ -79,7 +79,7 @@ func (p *Parser) Feed(b []byte) (n int, err error) {
 	}
 	if p.state == stateStart {
 		p.limits = p.limits.withDefaults()
-		p.wait(stateMagic, len(magic)+len(nodeOpen))
+		p.wait(stateMagic, len(magicNode))
 	}
 	for p.state != stateEnd {
 		used, ok := p.step(b[n:])
@@ -161,6 +161,10 @@ var (
 	entry      = token("entry")
 	entryName  = open + token("name")
 	nameNode   = token("node") + nodeOpen
+
+	magicNode          = magic + nodeOpen
+	restOfDirectory    = directory[short:]
+	executableContents = executable[short:] + contents
 )
 
 // short is the length of the tokens that a choice is made by; of longer ones
@@ -212,11 +216,11 @@ func (p *Parser) skip(b []byte) (used int, ok bool) {
 func (p *Parser) take(b []byte) {
 	switch p.state {
 	case stateMagic:
-		p.takeLiteral(b, magic+nodeOpen, stateKind, short)
+		p.takeLiteral(b, magicNode, stateKind, short)
 	case stateKind:
 		p.takeKind(b)
 	case stateDirectoryKind:
-		p.takeLiteral(b, directory[short:], stateDirectory, short)
+		p.takeLiteral(b, restOfDirectory, stateDirectory, short)
 	case stateDirectory:
 		p.takeDirectory(b)
 	case stateEntry:
@@ -226,7 +230,7 @@ func (p *Parser) take(b []byte) {
 	case stateFile:
 		p.takeFile(b)
 	case stateExecutable:
-		p.takeLiteral(b, executable[short:]+contents, stateSize, 8)
+		p.takeLiteral(b, executableContents, stateSize, 8)
 	case stateSize:
 		p.takeSize(binary.LittleEndian.Uint64(b))
 	case stateSymlink:
@@ -268,7 +272,7 @@ func (p *Parser) takeKind(b []byte) {
 		e.Kind = Directory
 		p.last[p.depth] = ""
 		p.depth++
-		p.wait(stateDirectoryKind, len(directory)-short)
+		p.wait(stateDirectoryKind, len(restOfDirectory))
 	default:
 		p.fail("unknown kind of entry")
 		return
@@ -361,7 +365,7 @@ func (p *Parser) takeFile(b []byte) {
 		p.wait(stateSize, 8)
 	case executable[:short]:
 		p.index[len(p.index)-1].Executable = true
-		p.wait(stateExecutable, len(executable)-short+len(contents))
+		p.wait(stateExecutable, len(executableContents))
 	default:
 		p.fail("wanted the contents of a file")
 	}
