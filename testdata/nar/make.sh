@@ -39,3 +39,4 @@ for i in $(seq 62); do d=$d/d; mkdir "$d"; done
 printf x > "$d/f"
 
 for i in *; do nix-store --dump "$i" > "$here/$i.nar"; done
+nix --extra-experimental-features nix-command nar ls --json -R "$here/tree.nar" / > "$here/tree.ls"
