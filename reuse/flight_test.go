@@ -1,0 +1,245 @@
+package reuse
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+type flight = Flight[string, int]
+
+var id1 = FlightID{Scope: 1, Key: Key{1}}
+
+// all receives every event and the result.
+func all(t *testing.T, w *Waiter[string, int]) (events []string, r int) {
+	t.Helper()
+	for {
+		e, r, ok, err := w.Next(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !ok {
+			return events, r
+		}
+		events = append(events, e)
+	}
+}
+
+func mustJoin(t *testing.T, g *Flights[string, int], id FlightID, run func(*flight) int) (*Waiter[string, int], bool) {
+	t.Helper()
+	w, started, err := g.Join(id, run)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w, started
+}
+
+func TestFlightTellsEachWaiterFromTheBeginning(t *testing.T) {
+	g := NewFlights[string, int](t.Context())
+	defer g.Close()
+	told, land := make(chan struct{}), make(chan struct{})
+	run := func(f *flight) int {
+		f.Tell("one")
+		f.Tell("two")
+		close(told)
+		<-land
+		f.Tell("three")
+		return 7
+	}
+	w1, started := mustJoin(t, g, id1, run)
+	if !started {
+		t.Error("first request did not start the flight")
+	}
+	<-told
+	w2, started := mustJoin(t, g, id1, nil)
+	if started {
+		t.Error("second request started a flight")
+	}
+	other, started := mustJoin(t, g, FlightID{Scope: 2, Key: id1.Key}, func(*flight) int { return 8 })
+	if !started {
+		t.Error("another scope joined")
+	}
+	close(land)
+	for _, w := range []*Waiter[string, int]{w1, w2} {
+		events, r := all(t, w)
+		if diff := cmp.Diff([]string{"one", "two", "three"}, events); diff != "" || r != 7 {
+			t.Errorf("result %d, events: %s", r, diff)
+		}
+		w.Leave()
+	}
+	if _, r := all(t, other); r != 8 {
+		t.Errorf("other scope: result %d", r)
+	}
+	other.Leave()
+}
+
+func TestLeavingDoesNotEndItForOthers(t *testing.T) {
+	g := NewFlights[string, int](t.Context())
+	defer g.Close()
+	land := make(chan struct{})
+	run := func(f *flight) int {
+		select {
+		case <-land:
+			return 1
+		case <-f.Context().Done():
+			return -1
+		}
+	}
+	w1, _ := mustJoin(t, g, id1, run)
+	w2, _ := mustJoin(t, g, id1, nil)
+	w1.Leave()
+	w1.Leave() // counts once
+	close(land)
+	if _, r := all(t, w2); r != 1 {
+		t.Errorf("result %d, want 1", r)
+	}
+	w2.Leave()
+}
+
+func TestLastOneToLeaveCancels(t *testing.T) {
+	g := NewFlights[string, int](t.Context())
+	defer g.Close()
+	ended, release := make(chan error), make(chan struct{})
+	w1, _ := mustJoin(t, g, id1, func(f *flight) int {
+		<-f.Context().Done()
+		ended <- context.Cause(f.Context())
+		<-release
+		return -1
+	})
+	w2, _ := mustJoin(t, g, id1, nil)
+	w1.Leave()
+	w2.Leave()
+	if err := <-ended; !errors.Is(err, ErrAbandoned) {
+		t.Errorf("cause %v", err)
+	}
+	// It has not ended yet, and cannot be joined all the same.
+	w3, started := mustJoin(t, g, id1, func(*flight) int { return 3 })
+	if !started {
+		t.Error("joined a cancelled flight")
+	}
+	close(release)
+	if _, r := all(t, w3); r != 3 {
+		t.Errorf("result %d, want 3", r)
+	}
+	w3.Leave()
+}
+
+func TestNextEndsWithItsContext(t *testing.T) {
+	g := NewFlights[string, int](t.Context())
+	defer g.Close()
+	w, _ := mustJoin(t, g, id1, func(f *flight) int { <-f.Context().Done(); return 0 })
+	defer w.Leave()
+	ctx, cancel := context.WithCancelCause(t.Context())
+	gone := errors.New("gone")
+	cancel(gone)
+	if _, _, _, err := w.Next(ctx); !errors.Is(err, gone) {
+		t.Errorf("error %v", err)
+	}
+}
+
+func TestStartIsNotJoined(t *testing.T) {
+	g := NewFlights[string, int](t.Context())
+	defer g.Close()
+	land := make(chan struct{})
+	w1, err := g.Start(func(*flight) int { <-land; return 1 })
+	if err != nil {
+		t.Fatal(err)
+	}
+	w2, started := mustJoin(t, g, FlightID{}, func(*flight) int { return 2 })
+	if !started {
+		t.Error("joined a flight of its own")
+	}
+	if _, r := all(t, w2); r != 2 {
+		t.Errorf("result %d", r)
+	}
+	close(land)
+	if _, r := all(t, w1); r != 1 {
+		t.Errorf("result %d", r)
+	}
+	w1.Leave()
+	w2.Leave()
+}
+
+func TestDrainAndClose(t *testing.T) {
+	g := NewFlights[string, int](t.Context())
+	land := make(chan struct{})
+	w, _ := mustJoin(t, g, id1, func(f *flight) int {
+		select {
+		case <-land:
+			return 1
+		case <-f.Context().Done():
+			if !errors.Is(context.Cause(f.Context()), ErrClosed) {
+				t.Errorf("cause %v", context.Cause(f.Context()))
+			}
+			return 2
+		}
+	})
+	short, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := g.Drain(short); err == nil {
+		t.Error("Drain ended before the flight")
+	}
+	if _, _, err := g.Join(id1, nil); !errors.Is(err, ErrClosed) {
+		t.Errorf("join while draining: %v", err)
+	}
+	if _, err := g.Start(nil); !errors.Is(err, ErrClosed) {
+		t.Errorf("start while draining: %v", err)
+	}
+	g.Close()
+	if _, r := all(t, w); r != 2 {
+		t.Errorf("result %d, want that of a cancelled flight", r)
+	}
+	w.Leave()
+	if err := g.Drain(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// Many come and go; each who stays gets the result of a flight that ran, and
+// no two flights with one id run at once unless the first was cancelled.
+func TestFlightsUnderLoad(t *testing.T) {
+	g := NewFlights[string, int](t.Context())
+	defer g.Close()
+	var running atomic.Int32
+	run := func(f *flight) int {
+		f.Tell("begin")
+		if n := running.Add(1); n > 1 {
+			t.Errorf("%d flights at once", n)
+		}
+		for range 3 {
+			f.Tell("more")
+		}
+		running.Add(-1)
+		return 1
+	}
+	var wg sync.WaitGroup
+	for range 200 {
+		wg.Go(func() {
+			w, _, err := g.Join(id1, run)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer w.Leave()
+			n := 0
+			for {
+				_, r, ok, err := w.Next(t.Context())
+				if err != nil {
+					t.Error(err)
+				}
+				if !ok {
+					if r != 1 || n != 4 {
+						t.Errorf("result %d after %d events", r, n)
+					}
+					return
+				}
+				n++
+			}
+		})
+	}
+	wg.Wait()
+}
