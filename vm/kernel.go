@@ -1,22 +1,244 @@
 package vm
 
+import (
+	"bytes"
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
 // A Kernel is a kernel image and the folder of its modules.
 type Kernel struct {
 	// Name is the kernel release, for example 6.1.0-56-cloud-amd64.
 	Name string `json:"name"`
-	// Image is the path of the bzImage, Modules that of its /lib/modules/V
-	// folder.
+	// Image is the path of the bzImage, Modules that of the folder in and
+	// below which its modules lie.
 	Image   string `json:"image"`
 	Modules string `json:"modules"`
 	// Imported reports that it lies in the state directory.
 	Imported bool `json:"imported"`
 }
 
-// ImportKernel takes a kernel out of a distribution's package (.deb, .rpm) or
-// from a folder that holds vmlinuz and its modules, keeps it in stateDir and
-// returns it. A kernel of the same name is replaced.
-func ImportKernel(stateDir, path string) (Kernel, error) { return Kernel{}, nil }
+// kernelsDir is where imported kernels lie in the state directory, each in a
+// folder of its name with the image and the folder of the modules.
+const (
+	kernelsDir    = "kernels"
+	importedImage = "vmlinuz"
+	importedFiles = "modules"
+)
 
-// Kernels lists the kernels that guests could run, the imported ones first,
-// each group with the newest first.
-func Kernels(stateDir string) ([]Kernel, error) { return nil, nil }
+// Kernels lists the kernels that guests could run: the imported ones, then the
+// host's, each group with the newest first.
+func Kernels(stateDir string) ([]Kernel, error) {
+	imported, err := importedKernels(stateDir)
+	if err != nil {
+		return nil, fmt.Errorf("list kernels: %w", err)
+	}
+	return append(imported, hostKernels("/")...), nil
+}
+
+func importedKernels(stateDir string) ([]Kernel, error) {
+	dir := filepath.Join(stateDir, kernelsDir)
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	var list []Kernel
+	for _, e := range entries {
+		if e.IsDir() && checkKernelName(e.Name()) == nil {
+			at := filepath.Join(dir, e.Name())
+			list = append(list, Kernel{
+				Name: e.Name(), Imported: true,
+				Image: filepath.Join(at, importedImage), Modules: filepath.Join(at, importedFiles),
+			})
+		}
+	}
+	newestFirst(list)
+	return list, nil
+}
+
+// hostKernels finds the installed kernels of the distributions below root:
+// Debian keeps images in /boot, Fedora (and Debian from 14 on) beside the
+// modules, NixOS in the system's profile.
+func hostKernels(root string) []Kernel {
+	var list []Kernel
+	seen := map[string]bool{}
+	add := func(image, modules string) {
+		name := filepath.Base(modules)
+		if info, err := os.Stat(image); err == nil && info.Mode().IsRegular() && !seen[name] {
+			seen[name] = true
+			list = append(list, Kernel{Name: name, Image: image, Modules: modules})
+		}
+	}
+	for _, base := range []string{"lib/modules", "usr/lib/modules"} {
+		for _, modules := range folders(filepath.Join(root, base)) {
+			add(filepath.Join(root, "boot", "vmlinuz-"+filepath.Base(modules)), modules)
+			add(filepath.Join(modules, "vmlinuz"), modules)
+		}
+	}
+	for _, system := range []string{"run/booted-system", "run/current-system"} {
+		at := filepath.Join(root, system)
+		for _, modules := range folders(filepath.Join(at, "kernel-modules/lib/modules")) {
+			add(filepath.Join(at, "kernel"), modules)
+		}
+	}
+	newestFirst(list)
+	return list
+}
+
+// folders returns the folders in dir, none if it cannot be read.
+func folders(dir string) []string {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil
+	}
+	var out []string
+	for _, e := range entries {
+		if path := filepath.Join(dir, e.Name()); isDir(path) {
+			out = append(out, path)
+		}
+	}
+	return out
+}
+
+// newestFirst sorts by version.
+func newestFirst(list []Kernel) {
+	slices.SortStableFunc(list, func(a, b Kernel) int { return compareVersions(b.Name, a.Name) })
+}
+
+// compareVersions compares text with numbers in it: runs of digits by value,
+// the rest bytewise.
+func compareVersions(a, b string) int {
+	for a != "" && b != "" {
+		na, nb := digits(a), digits(b)
+		if na == 0 || nb == 0 {
+			if a[0] != b[0] {
+				return cmp.Compare(a[0], b[0])
+			}
+			a, b = a[1:], b[1:]
+			continue
+		}
+		x, y := strings.TrimLeft(a[:na], "0"), strings.TrimLeft(b[:nb], "0")
+		if c := cmp.Or(cmp.Compare(len(x), len(y)), cmp.Compare(x, y)); c != 0 {
+			return c
+		}
+		a, b = a[na:], b[nb:]
+	}
+	return cmp.Compare(len(a), len(b))
+}
+
+// digits returns how many digits s starts with.
+func digits(s string) int { return len(s) - len(strings.TrimLeft(s, "0123456789")) }
+
+// findKernel returns the kernel that Config.Kernel asks for.
+func findKernel(stateDir, want string) (Kernel, error) {
+	if strings.Contains(want, "/") {
+		return kernelAt(want)
+	}
+	list, err := Kernels(stateDir)
+	if err != nil {
+		return Kernel{}, err
+	}
+	var unreadable error
+	for _, k := range list {
+		if want != "" && k.Name != want {
+			continue
+		}
+		f, err := os.Open(k.Image)
+		if err == nil {
+			return k, f.Close()
+		}
+		unreadable = err
+	}
+	what := "no kernel for guests was found"
+	if want != "" {
+		what = "there is no kernel named " + want
+	}
+	if unreadable != nil {
+		what = fmt.Sprintf("the kernel for guests cannot be read: %v", unreadable)
+	}
+	return Kernel{}, &MissingError{What: what, Hint: "Debian: apt-get download linux-image-cloud-amd64's package, linux-image-…-cloud-amd64, and nbd kernel import FILE"}
+}
+
+// kernelAt returns the kernel at a path, with the modules of its release.
+func kernelAt(image string) (Kernel, error) {
+	release, err := imageRelease(image)
+	if err != nil {
+		return Kernel{}, err
+	}
+	for _, dir := range []string{"/lib/modules", "/usr/lib/modules", "/run/booted-system/kernel-modules/lib/modules"} {
+		if at := filepath.Join(dir, release); isDir(at) {
+			return Kernel{Name: release, Image: image, Modules: at}, nil
+		}
+	}
+	return Kernel{}, &MissingError{
+		What: fmt.Sprintf("the modules of the kernel %s (%s) are not in /lib/modules", image, release),
+		Hint: "import a folder with both: nbd kernel import DIR",
+	}
+}
+
+// imageRelease returns the release of the kernel image at path.
+func imageRelease(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", fmt.Errorf("open kernel: %w", err)
+	}
+	defer f.Close()
+	head, err := io.ReadAll(io.LimitReader(f, bzImageHead))
+	if err != nil {
+		return "", fmt.Errorf("read kernel %s: %w", path, err)
+	}
+	release, err := bzImageRelease(head)
+	if err != nil {
+		return "", fmt.Errorf("read kernel %s: %w", path, err)
+	}
+	return release, nil
+}
+
+// bzImageHead is how many bytes of an image bzImageRelease wants to see: the
+// version text lies in the setup code, of at most 64 sectors.
+const bzImageHead = 64 << 10
+
+// bzImageRelease returns the kernel's release as told in the first bytes of a
+// bzImage. The format is that of the x86 boot protocol
+// (Documentation/arch/x86/boot.rst): boot flag at 0x1fe, "HdrS" at 0x202, and
+// at 0x20e the offset, less 0x200, of a text that starts with the release.
+func bzImageRelease(head []byte) (string, error) {
+	if len(head) < 0x210 || head[0x1fe] != 0x55 || head[0x1ff] != 0xaa || string(head[0x202:0x206]) != "HdrS" {
+		return "", errors.New("not an x86 kernel image (bzImage)")
+	}
+	at := int(binary.LittleEndian.Uint16(head[0x20e:])) + 0x200
+	if at == 0x200 || at >= len(head) {
+		return "", errors.New("kernel image does not tell its version")
+	}
+	text := head[at:min(at+128, len(head))]
+	end := bytes.IndexAny(text, " \x00")
+	if end < 0 {
+		return "", errors.New("kernel image does not tell its version")
+	}
+	name := string(text[:end])
+	if err := checkKernelName(name); err != nil {
+		return "", err
+	}
+	return name, nil
+}
+
+// checkKernelName refuses releases that are not fit for a file name.
+func checkKernelName(name string) error {
+	if name == "" || len(name) > 64 || name[0] < '0' || name[0] > '9' {
+		return fmt.Errorf("bad kernel release %.80q", name)
+	}
+	for i := range len(name) {
+		c := name[i]
+		if !(c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || strings.IndexByte(".-_+~", c) >= 0) {
+			return fmt.Errorf("bad kernel release %.80q", name)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,118 @@
+package vm
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
+	"time"
+)
+
+// A command says what to start as a guest's process.
+type command struct {
+	path string
+	args []string
+	// files become descriptors 3, 4, …
+	files []*os.File
+	// uid and gid are whom it runs as, with no other group; negative: as we do.
+	uid, gid int
+	// group takes the process; nil means none.
+	group cgroup
+	// output takes standard output and standard error.
+	output io.Writer
+}
+
+// A process is a running command. It dies with the server (parent death
+// signal), with its cgroup, or by kill.
+type process struct {
+	cmd  *exec.Cmd
+	done chan struct{} // closed when it was reaped
+	err  error         // from Wait; read after done
+}
+
+// startProcess starts c. The caller must kill the process and wait for it.
+func startProcess(c command) (*process, error) {
+	p := &process{cmd: exec.Command(c.path, c.args...), done: make(chan struct{})}
+	p.cmd.Env = []string{}
+	p.cmd.Dir = "/"
+	p.cmd.ExtraFiles = c.files
+	p.cmd.Stdout, p.cmd.Stderr = c.output, c.output
+	// A child of the process could keep the pipe open.
+	p.cmd.WaitDelay = 5 * time.Second
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{
+		Pdeathsig: syscall.SIGKILL,
+		Setpgid:   true, // a terminal's interrupt is for the server alone
+	}
+	if c.uid >= 0 {
+		p.cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(c.uid), Gid: uint32(c.gid), Groups: []uint32{}}
+	}
+	started := make(chan error)
+	go p.run(started)
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("start %s: %w", c.path, err)
+	}
+	if c.group != nil {
+		if err := c.group.add(p.pid()); err != nil {
+			p.kill()
+			<-p.done
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+// run starts the command and waits for it, in a thread of its own: the kernel
+// sends the parent death signal when the thread that started the child ends,
+// and Go ends threads as it likes.
+func (p *process) run(started chan<- error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	err := p.cmd.Start()
+	started <- err
+	if err != nil {
+		return
+	}
+	p.err = p.cmd.Wait()
+	close(p.done)
+}
+
+func (p *process) pid() int { return p.cmd.Process.Pid }
+
+// kill ends the process without a chance to clean up; it holds nothing worth
+// keeping.
+func (p *process) kill() {
+	// The only error is that the process has ended.
+	_ = p.cmd.Process.Kill()
+}
+
+// stop kills the process and waits until it is reaped.
+func (p *process) stop() {
+	p.kill()
+	<-p.done
+}
+
+// exit says how the process ended, for error messages. It may be called after
+// done is closed.
+func (p *process) exit() string {
+	var e *exec.ExitError
+	switch {
+	case p.err == nil:
+		return "exit status 0"
+	case errors.As(p.err, &e):
+		return e.ProcessState.String()
+	}
+	return p.err.Error()
+}
+
+// cpu returns the CPU time that the process used. It may be called after done is
+// closed.
+func (p *process) cpu() time.Duration {
+	s := p.cmd.ProcessState
+	if s == nil {
+		return 0
+	}
+	return s.UserTime() + s.SystemTime()
+}
