@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 
 	"nbd/nixproto"
@@ -27,9 +28,9 @@ func sampleDrv() *nixproto.Derivation {
 }
 
 func sampleClosure() []*nixproto.PathInfo {
-	sh := &nixproto.PathInfo{Path: path(1, "sh"), NarSize: 120}
-	lib := &nixproto.PathInfo{Path: path(2, "lib"), NarSize: 240, CA: "fixed:md5:x", References: []nixproto.StorePath{path(2, "lib"), sh.Path}}
-	top := &nixproto.PathInfo{Path: path(3, "top"), NarSize: 360, References: []nixproto.StorePath{sh.Path, lib.Path}}
+	sh := &nixproto.PathInfo{Path: path(1, "sh"), NarHash: nixproto.SumSHA256([]byte("sh")), NarSize: 120}
+	lib := &nixproto.PathInfo{Path: path(2, "lib"), NarHash: nixproto.SumSHA256([]byte("lib")), NarSize: 240, CA: "fixed:md5:x", References: []nixproto.StorePath{path(2, "lib"), sh.Path}}
+	top := &nixproto.PathInfo{Path: path(3, "top"), NarHash: nixproto.SumSHA256([]byte("top")), NarSize: 360, References: []nixproto.StorePath{sh.Path, lib.Path}}
 	return []*nixproto.PathInfo{sh, lib, top}
 }
 
@@ -64,7 +65,7 @@ func TestKeyGolden(t *testing.T) {
 }
 
 func TestParseKeyRefuses(t *testing.T) {
-	for _, s := range []string{"", "00", "zz", goldenNone + "00", goldenNone[:62] + "xy"} {
+	for _, s := range []string{"", "00", "zz", strings.Repeat("00", 33), strings.Repeat("xy", 32)} {
 		if _, err := ParseKey(s); err == nil {
 			t.Errorf("ParseKey(%q) succeeded", s)
 		}
@@ -104,6 +105,7 @@ func TestKeyContainsEverything(t *testing.T) {
 			d.Outputs["doc"] = d.Outputs["dev"]
 			delete(d.Outputs, "dev")
 		},
+		"contents of an input":   func(_ *nixproto.Derivation, c []*nixproto.PathInfo) { c[0].NarHash = c[1].NarHash },
 		"size of an input":       func(_ *nixproto.Derivation, c []*nixproto.PathInfo) { c[0].NarSize++ },
 		"path of an input":       func(_ *nixproto.Derivation, c []*nixproto.PathInfo) { c[2].Path = path(4, "top") },
 		"address of an input":    func(_ *nixproto.Derivation, c []*nixproto.PathInfo) { c[1].CA = "" },
@@ -169,6 +171,6 @@ func BenchmarkKey5000(b *testing.B) {
 
 // The golden keys of TestKeyGolden.
 const (
-	goldenClosure = ""
-	goldenNone    = ""
+	goldenClosure = "bc9e45fa61a9072221e5682bd9b21dbe152928c6271750c9db61f3933fe708a3"
+	goldenNone    = "f18dfc3f9b0984d71464b9267df66613eef22cd40a66add45047481997d35cc0"
 )
