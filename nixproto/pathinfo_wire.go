@@ -36,7 +36,7 @@ func (p *PathInfo) unkeyed(c codec) {
 	if c.reading() {
 		p.NarHash = c.r.narHash()
 	} else {
-		c.w.Str(pendingHashHex(p.NarHash))
+		c.w.Str(p.NarHash.Base16())
 	}
 	c.paths(&p.References)
 	c.i64(&p.RegistrationTime)
@@ -55,7 +55,7 @@ func (p *PathInfo) serveFields(c codec) {
 	if c.reading() {
 		p.NarHash = c.r.narHash()
 	} else {
-		c.w.Str(pendingHashHex(p.NarHash))
+		c.w.Str(p.NarHash.String())
 	}
 	c.str(&p.CA, maxSmall)
 	c.stringSet(&p.Signatures)
@@ -63,7 +63,7 @@ func (p *PathInfo) serveFields(c codec) {
 
 // narHash reads the SHA-256 of a NAR in any spelling.
 func (r *Reader) narHash() Hash {
-	h, err := pendingParseHash(r.str(maxSmall))
+	h, err := ParseHash(SHA256, r.str(maxSmall))
 	if err != nil {
 		r.reject(fmt.Errorf("hash of a NAR: %w", err))
 	}

@@ -45,14 +45,14 @@ func optionalInt64(c codec, p **int64) {
 func (r *Reader) builtOutputs() map[string]Realisation {
 	outputs := map[string]Realisation{}
 	for range r.count(maxItems, structCost) {
-		key := r.str(maxSmall)
-		var real Realisation
+		var key, real Realisation
+		drvOutput(codec{r: r}, &key.DrvHash, &key.OutputName)
 		realisationJSON(codec{r: r}, &real)
 		if r.err != nil {
 			return nil
 		}
-		if r.bad == nil && key != pendingID(real) {
-			r.reject(fmt.Errorf("realisation of %q under the key %q", pendingID(real), clip(key)))
+		if r.bad == nil && key.ID() != real.ID() {
+			r.reject(fmt.Errorf("realisation of %q under the key %q", real.ID(), key.ID()))
 		}
 		if _, twice := outputs[real.OutputName]; twice {
 			r.reject(fmt.Errorf("output %q comes twice", clip(real.OutputName)))
@@ -66,7 +66,7 @@ func writeBuiltOutputs(w *Writer, outputs map[string]Realisation) {
 	w.Uint64(uint64(len(outputs)))
 	for _, name := range slices.Sorted(maps.Keys(outputs)) {
 		real := outputs[name]
-		w.Str(pendingID(real))
+		w.Str(real.ID())
 		realisationJSON(codec{w: w}, &real)
 	}
 }
@@ -74,7 +74,7 @@ func writeBuiltOutputs(w *Writer, outputs map[string]Realisation) {
 // realisationJSON is a realisation as a string.
 func realisationJSON(c codec, real *Realisation) {
 	if !c.reading() {
-		c.w.Bytes(pendingJSON(*real))
+		c.w.Bytes(real.JSON())
 		return
 	}
 	text := c.r.bytes(MaxMessage)
@@ -82,7 +82,7 @@ func realisationJSON(c codec, real *Realisation) {
 		return
 	}
 	var err error
-	if *real, err = pendingParse(text); err != nil {
+	if *real, err = ParseRealisation(text); err != nil {
 		c.r.reject(err)
 	}
 }
@@ -90,11 +90,11 @@ func realisationJSON(c codec, real *Realisation) {
 // drvOutput is the key of a realisation as a string.
 func drvOutput(c codec, hash *Hash, output *string) {
 	if !c.reading() {
-		c.w.Str(pendingID(Realisation{DrvHash: *hash, OutputName: *output}))
+		c.w.Str(Realisation{DrvHash: *hash, OutputName: *output}.ID())
 		return
 	}
 	var err error
-	if *hash, *output, err = pendingParseID(c.r.str(maxSmall)); err != nil {
+	if *hash, *output, err = ParseRealisationID(c.r.str(maxSmall)); err != nil {
 		c.r.reject(err)
 	}
 }
