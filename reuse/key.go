@@ -1,11 +1,12 @@
 package reuse
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
-	"hash"
 	"maps"
 	"slices"
 
@@ -47,12 +48,13 @@ type ClosureHash [sha256.Size]byte
 // itself is noted without asking refs. The order of info.References does not
 // matter.
 func HashPath(info *nixproto.PathInfo, refs func(nixproto.StorePath) (ClosureHash, bool)) (ClosureHash, error) {
-	h := newHasher(closureTag)
+	h := make(hasher, 0, 512)
+	h.str(closureTag)
 	h.str(string(info.Path))
 	h.str(info.NarHash.String())
 	h.num(info.NarSize)
 	h.str(info.CA)
-	sorted := slices.Compact(slices.Sorted(slices.Values(info.References)))
+	sorted := sortedRefs(info)
 	h.num(uint64(len(sorted)))
 	for _, r := range sorted {
 		h.str(string(r))
@@ -66,6 +68,17 @@ func HashPath(info *nixproto.PathInfo, refs func(nixproto.StorePath) (ClosureHas
 		h.raw(sum[:])
 	}
 	return ClosureHash(h.sum()), nil
+}
+
+// sortedRefs returns the references of info in order and each once; that is
+// how most come.
+func sortedRefs(info *nixproto.PathInfo) []nixproto.StorePath {
+	for i, r := range info.References {
+		if i > 0 && r <= info.References[i-1] {
+			return slices.Compact(slices.Sorted(slices.Values(info.References)))
+		}
+	}
+	return info.References
 }
 
 // NewKey returns the key of building drv, which must be resolved (no
@@ -84,9 +97,10 @@ func NewKey(drv *nixproto.Derivation, closure []*nixproto.PathInfo) (Key, error)
 	if err != nil {
 		return Key{}, fmt.Errorf("key of %s: %w", drv.Name, err)
 	}
-	h := newHasher(keyTag)
+	var h hasher
+	h.str(keyTag)
 	h.str(drv.Name)
-	hashDerivation(h, drv)
+	h.derivation(drv)
 	h.num(uint64(len(roots)))
 	for _, r := range roots {
 		h.raw(r[:])
@@ -94,8 +108,118 @@ func NewKey(drv *nixproto.Derivation, closure []*nixproto.PathInfo) (Key, error)
 	return Key(h.sum()), nil
 }
 
-// hashDerivation feeds everything of drv but its name and inputs.
-func hashDerivation(h hasher, drv *nixproto.Derivation) {
+// closureRoots returns the closure hashes of the paths that no other path of
+// the closure refers to, ordered by path. Together they stand for the whole
+// closure, and they are the same whichever members were named as inputs.
+func closureRoots(closure []*nixproto.PathInfo) ([]ClosureHash, error) {
+	g, err := newGraph(closure)
+	if err != nil {
+		return nil, err
+	}
+	if err := g.hash(); err != nil {
+		return nil, err
+	}
+	var roots []int
+	for i := range g.infos {
+		if len(g.users[i]) == 0 {
+			roots = append(roots, i)
+		}
+	}
+	slices.SortFunc(roots, func(i, j int) int { return cmp.Compare(g.infos[i].Path, g.infos[j].Path) })
+	sums := make([]ClosureHash, len(roots))
+	for i, n := range roots {
+		sums[i] = g.sums[n]
+	}
+	return sums, nil
+}
+
+// A graph is a closure whose paths are numbered.
+type graph struct {
+	infos   []*nixproto.PathInfo
+	numbers map[nixproto.StorePath]int
+	users   [][]int // who refers to a path, but for itself
+	waits   []int   // how many references of a path are not hashed yet
+	sums    []ClosureHash
+	hashed  []bool
+}
+
+func newGraph(closure []*nixproto.PathInfo) (*graph, error) {
+	g := &graph{
+		infos:   closure,
+		numbers: make(map[nixproto.StorePath]int, len(closure)),
+		users:   make([][]int, len(closure)),
+		waits:   make([]int, len(closure)),
+		sums:    make([]ClosureHash, len(closure)),
+		hashed:  make([]bool, len(closure)),
+	}
+	for i, info := range closure {
+		if _, twice := g.numbers[info.Path]; twice {
+			return nil, fmt.Errorf("closure has %s twice", info.Path)
+		}
+		g.numbers[info.Path] = i
+	}
+	for i, info := range closure {
+		for _, r := range sortedRefs(info) {
+			if r == info.Path {
+				continue
+			}
+			n, ok := g.numbers[r]
+			if !ok {
+				return nil, fmt.Errorf("closure has %s and not its reference %s", info.Path, r)
+			}
+			g.users[n] = append(g.users[n], i)
+			g.waits[i]++
+		}
+	}
+	return g, nil
+}
+
+// hash computes the closure hash of each path, references first.
+func (g *graph) hash() error {
+	var ready []int
+	for i, n := range g.waits {
+		if n == 0 {
+			ready = append(ready, i)
+		}
+	}
+	lookup := func(p nixproto.StorePath) (ClosureHash, bool) {
+		n := g.numbers[p]
+		return g.sums[n], g.hashed[n]
+	}
+	done := 0
+	for ; len(ready) > 0; done++ {
+		n := ready[len(ready)-1]
+		ready = ready[:len(ready)-1]
+		sum, err := HashPath(g.infos[n], lookup)
+		if err != nil {
+			return err
+		}
+		g.sums[n], g.hashed[n] = sum, true
+		for _, u := range g.users[n] {
+			if g.waits[u]--; g.waits[u] == 0 {
+				ready = append(ready, u)
+			}
+		}
+	}
+	if done != len(g.infos) {
+		return errors.New("references of the closure go round in a circle")
+	}
+	return nil
+}
+
+// A hasher collects fields that cannot run into one another: numbers are eight
+// bytes, strings carry their length.
+type hasher []byte
+
+func (h *hasher) num(n uint64) { *h = binary.LittleEndian.AppendUint64(*h, n) }
+func (h *hasher) raw(b []byte) { *h = append(*h, b...) }
+func (h *hasher) str(s string) {
+	h.num(uint64(len(s)))
+	*h = append(*h, s...)
+}
+
+// derivation adds everything of drv but its name and inputs.
+func (h *hasher) derivation(drv *nixproto.Derivation) {
 	h.num(uint64(len(drv.Outputs)))
 	for _, name := range slices.Sorted(maps.Keys(drv.Outputs)) {
 		out := drv.Outputs[name]
@@ -117,122 +241,4 @@ func hashDerivation(h hasher, drv *nixproto.Derivation) {
 	}
 }
 
-// closureRoots returns the closure hashes of the paths that no other path of
-// the closure refers to, ordered by path. Together they stand for the whole
-// closure, and they are the same whichever members were named as inputs.
-func closureRoots(closure []*nixproto.PathInfo) ([]ClosureHash, error) {
-	sums, err := HashClosure(closure)
-	if err != nil {
-		return nil, err
-	}
-	referred := make(map[nixproto.StorePath]bool, len(closure))
-	for _, info := range closure {
-		for _, r := range info.References {
-			if r != info.Path {
-				referred[r] = true
-			}
-		}
-	}
-	var paths []nixproto.StorePath
-	for p := range sums {
-		if !referred[p] {
-			paths = append(paths, p)
-		}
-	}
-	slices.Sort(paths)
-	roots := make([]ClosureHash, len(paths))
-	for i, p := range paths {
-		roots[i] = sums[p]
-	}
-	return roots, nil
-}
-
-// HashClosure returns the closure hash of every path of a closure, given in any
-// order. It is an error if a reference is not a member, if a path occurs twice,
-// or if references go round in a circle.
-func HashClosure(closure []*nixproto.PathInfo) (map[nixproto.StorePath]ClosureHash, error) {
-	infos := make(map[nixproto.StorePath]*nixproto.PathInfo, len(closure))
-	users := make(map[nixproto.StorePath][]nixproto.StorePath)
-	waits := make(map[nixproto.StorePath]int, len(closure)) // references not hashed yet
-	for _, info := range closure {
-		if infos[info.Path] != nil {
-			return nil, fmt.Errorf("hash closure: %s occurs twice", info.Path)
-		}
-		infos[info.Path] = info
-		for _, r := range slices.Compact(slices.Sorted(slices.Values(info.References))) {
-			if r != info.Path {
-				users[r] = append(users[r], info.Path)
-				waits[info.Path]++
-			}
-		}
-	}
-	var ready []nixproto.StorePath
-	for p := range infos {
-		if waits[p] == 0 {
-			ready = append(ready, p)
-		}
-	}
-	sums := make(map[nixproto.StorePath]ClosureHash, len(infos))
-	lookup := func(p nixproto.StorePath) (ClosureHash, bool) { s, ok := sums[p]; return s, ok }
-	for len(ready) > 0 {
-		p := ready[len(ready)-1]
-		ready = ready[:len(ready)-1]
-		sum, err := HashPath(infos[p], lookup)
-		if err != nil {
-			return nil, err
-		}
-		sums[p] = sum
-		for _, u := range users[p] {
-			if waits[u]--; waits[u] == 0 {
-				ready = append(ready, u)
-			}
-		}
-	}
-	if len(sums) != len(infos) {
-		return nil, fmt.Errorf("hash closure: %s", incomplete(infos, sums))
-	}
-	return sums, nil
-}
-
-// incomplete says why not all paths of a closure could be hashed.
-func incomplete(infos map[nixproto.StorePath]*nixproto.PathInfo, sums map[nixproto.StorePath]ClosureHash) string {
-	for p, info := range infos {
-		if _, done := sums[p]; done {
-			continue
-		}
-		for _, r := range info.References {
-			if infos[r] == nil {
-				return fmt.Sprintf("%s refers to %s, which is not in the closure", p, r)
-			}
-		}
-	}
-	return "references go round in a circle"
-}
-
-// A hasher feeds SHA-256 with fields that cannot run into one another: numbers
-// are eight bytes, strings carry their length.
-type hasher struct{ h hash.Hash }
-
-func newHasher(tag string) hasher {
-	h := hasher{sha256.New()}
-	h.str(tag)
-	return h
-}
-
-func (h hasher) num(n uint64) {
-	var b [8]byte
-	binary.LittleEndian.PutUint64(b[:], n)
-	h.h.Write(b[:])
-}
-
-func (h hasher) str(s string) {
-	h.num(uint64(len(s)))
-	h.h.Write([]byte(s))
-}
-
-func (h hasher) raw(b []byte) { h.h.Write(b) }
-
-func (h hasher) sum() (sum [sha256.Size]byte) {
-	h.h.Sum(sum[:0])
-	return sum
-}
+func (h hasher) sum() [sha256.Size]byte { return sha256.Sum256(h) }
