@@ -1,0 +1,733 @@
+// Nbd is a remote Nix builder: builds in guests of their own, for accounts that
+// do not trust each other. See README.md, and ARCHITECTURE.md for the code.
+//
+// This file holds the commands and nothing that they do: it turns flags,
+// environment and the configuration file into Configs, and joins the packages.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/pelletier/go-toml/v2"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"nbd/nixproto"
+	"nbd/server"
+	"nbd/store"
+	"nbd/vm"
+	"nbd/vm/guest"
+)
+
+func main() {
+	if guest.IsGuest() {
+		guest.Main()
+		return
+	}
+	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// run runs one command and returns its exit status: 1 for an error, 2 for a
+// command line that cannot be understood.
+func run(args []string, stdout, stderr io.Writer) int {
+	cmd := rootCommand()
+	cmd.SetArgs(args)
+	cmd.SetOut(stdout)
+	cmd.SetErr(stderr)
+	err := cmd.ExecuteContext(context.Background())
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintln(stderr, "nbd: error:", err)
+	if hint := hintOf(err); hint != "" {
+		fmt.Fprintln(stderr, "nbd: hint:", hint)
+	}
+	var usage usageError
+	if errors.As(err, &usage) {
+		return 2
+	}
+	return 1
+}
+
+// A usageError is a command line that cannot be understood.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// hintOf returns the way out that an error carries, if it does.
+func hintOf(err error) string {
+	var hint *server.HintError
+	var missing *vm.MissingError
+	var usage usageError
+	switch {
+	case errors.As(err, &hint):
+		return hint.Hint
+	case errors.As(err, &missing):
+		return missing.Hint
+	case errors.As(err, &usage):
+		return "see `nbd help`, or --help after any command"
+	}
+	return ""
+}
+
+func rootCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "nbd",
+		Short: "A remote Nix builder that strangers can share",
+		Long: `nbd is a remote Nix builder for the owner of one machine. To a Nix client it is
+an entry of nix.buildMachines; behind that every build runs in a QEMU guest of
+its own, and every account has a view of the store of its own.
+
+  nbd serve                                       start the builder
+  nbd admin account add NAME --ssh-key FILE       let somebody in
+  nbd setup                                       print what a client needs
+  nbd doctor                                      find out what is wrong`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.NoArgs,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	cmd.AddCommand(serveCommand(), adminCommand(), kernelCommand(), setupCommand(), doctorCommand(), versionCommand())
+	return cmd
+}
+
+// Settings: one table of all that can be configured. A flag wins over the
+// environment (NBD_ and the name in upper case, _ for -), that over the file
+// (TOML, the same names).
+
+// A setting is one row of the table.
+type setting struct {
+	name, value, usage string // value is the default
+}
+
+var serveSettings = []setting{
+	{"ssh-listen", ":2222", "address for SSH"},
+	{"server-name", "", "first half of the names of signing keys (default: the host's name)"},
+	{"ciphers", "", "SSH ciphers to offer, commas between them (default: those that suit the processor)"},
+	{"max-unauthenticated", "64", "connections that may be in their handshake at once"},
+	{"handshake-timeout", "20s", "time from connection to authentication"},
+	{"keep-alive", "20s", "after how long a silent client is asked for a sign of life"},
+	{"max-guests", "0", "builds at once (default: as many as CPUs and memory allow)"},
+	{"memory", "0", "MiB of memory for all guests (default: three quarters of the host's)"},
+	{"default-cpu", "2", "CPUs of a guest"},
+	{"default-mem", "2048", "MiB of memory of a build"},
+	{"max-log-size", "0", "bytes of log after which a build is ended (default: no limit)"},
+	{"min-free", "1024", "MiB of disk that uploads and outputs leave free"},
+	{"drain-timeout", "10m", "how long running builds may go on after SIGTERM"},
+	{"log-level", "info", "debug, info, warn or error"},
+	{"log-format", "text", "text or json"},
+}
+
+// guestSettings are what `nbd doctor` needs to know, too.
+var guestSettings = []setting{
+	{"accel", "auto", "kvm, tcg, or auto: KVM if a guest really boots with it"},
+	{"kernel", "", "kernel of the guests: a file, or a name of `nbd kernel list` (default: its first)"},
+	{"qemu", "", "qemu-system-x86_64 (default: searched in PATH)"},
+	{"sandbox-shell", "", "static shell that is /bin/sh in a build (default: busybox, searched)"},
+	{"cold-boot", "false", "boot every guest instead of restoring a booted template"},
+}
+
+// A config is the table with the values of one invocation.
+type config struct {
+	flags *pflag.FlagSet
+	file  string
+}
+
+// newConfig adds flags for the settings, --state and --config to a command.
+func newConfig(cmd *cobra.Command, tables ...[]setting) *config {
+	c := &config{flags: cmd.Flags()}
+	c.flags.StringVar(&c.file, "config", "", "TOML file with any of these settings")
+	c.flags.String("state", defaultState(), "directory of the server's state")
+	for _, table := range tables {
+		for _, s := range table {
+			if s.value == "false" {
+				c.flags.Bool(s.name, false, s.usage)
+			} else {
+				c.flags.String(s.name, s.value, s.usage)
+			}
+		}
+	}
+	return c
+}
+
+// load fills what no flag gave from the environment and the file.
+func (c *config) load() error {
+	file, err := c.readFile()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	c.flags.VisitAll(func(f *pflag.Flag) {
+		if f.Changed || f.Name == "config" || f.Name == "help" {
+			return
+		}
+		env := "NBD_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		if v, ok := os.LookupEnv(env); ok {
+			if err := f.Value.Set(v); err != nil {
+				errs = append(errs, fmt.Errorf("environment %s: %w", env, err))
+			}
+		} else if v, ok := file[f.Name]; ok {
+			if err := f.Value.Set(v); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %s: %w", c.file, f.Name, err))
+			}
+		}
+		delete(file, f.Name)
+	})
+	for name := range file {
+		// A file is shared between commands, which do not all have all settings.
+		if !isSetting(name) {
+			errs = append(errs, &server.HintError{Err: fmt.Errorf("%s: there is no setting %q", c.file, name),
+				Hint: "`nbd serve --help` lists them; the names are the same"})
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// isSetting reports whether any table has a name.
+func isSetting(name string) bool {
+	for _, table := range [][]setting{serveSettings, guestSettings} {
+		for _, s := range table {
+			if s.name == name {
+				return true
+			}
+		}
+	}
+	return name == "state"
+}
+
+// readFile returns the file's values as text; a list has commas.
+func (c *config) readFile() (map[string]string, error) {
+	if c.file == "" {
+		c.file = os.Getenv("NBD_CONFIG")
+	}
+	if c.file == "" {
+		return nil, nil
+	}
+	b, err := os.ReadFile(c.file)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	var raw map[string]any
+	if err := toml.Unmarshal(b, &raw); err != nil {
+		var at *toml.DecodeError
+		if errors.As(err, &at) {
+			row, col := at.Position()
+			return nil, fmt.Errorf("%s:%d:%d: %w", c.file, row, col, err)
+		}
+		return nil, fmt.Errorf("%s: %w", c.file, err)
+	}
+	values := map[string]string{}
+	for name, v := range raw {
+		switch v := v.(type) {
+		case []any:
+			list := make([]string, len(v))
+			for i := range v {
+				list[i] = fmt.Sprint(v[i])
+			}
+			values[name] = strings.Join(list, ",")
+		case map[string]any:
+			return nil, fmt.Errorf("%s: [%s]: there are no sections, only names and values", c.file, name)
+		default:
+			values[name] = fmt.Sprint(v)
+		}
+	}
+	return values, nil
+}
+
+func (c *config) text(name string) string { return c.flags.Lookup(name).Value.String() }
+
+// defaultState is where the server keeps what it knows if nobody says.
+func defaultState() string {
+	if os.Geteuid() == 0 {
+		return "/var/lib/nbd"
+	}
+	dir := os.Getenv("XDG_STATE_HOME")
+	if dir == "" {
+		dir = filepath.Join(os.Getenv("HOME"), ".local", "state")
+	}
+	return filepath.Join(dir, "nbd")
+}
+
+// The server.
+
+func serveCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "serve", Short: "Run the builder", Args: exactArgs(),
+		Long: `Run the builder until SIGTERM, which lets running builds finish for a while; a
+second one ends at once. Every setting below may also come from the environment
+(NBD_SSH_LISTEN for --ssh-listen) or from a TOML file (ssh-listen = "…"); a flag
+wins over the environment, that over the file.`}
+	cfg := newConfig(cmd, serveSettings, guestSettings)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := cfg.load(); err != nil {
+			return err
+		}
+		log, err := cfg.logger(cmd.ErrOrStderr())
+		if err != nil {
+			return err
+		}
+		// Ingest allocates little and holds less: collecting less often is
+		// worth a fifth of its CPU time.
+		debug.SetGCPercent(800)
+		debug.SetMemoryLimit(1 << 30)
+		return serve(cmd.Context(), cfg, log)
+	}
+	return cmd
+}
+
+// logger returns the server's logger.
+func (c *config) logger(w io.Writer) (*slog.Logger, error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(c.text("log-level"))); err != nil {
+		return nil, fmt.Errorf("log-level: %w", err)
+	}
+	opts := &slog.HandlerOptions{Level: level}
+	switch format := c.text("log-format"); format {
+	case "json":
+		return slog.New(slog.NewJSONHandler(w, opts)), nil
+	case "text":
+		return slog.New(slog.NewTextHandler(w, opts)), nil
+	default:
+		return nil, fmt.Errorf("log-format: %q is neither text nor json", format)
+	}
+}
+
+// A parser reads typed settings and keeps the first error.
+type parser struct {
+	cfg *config
+	err error
+}
+
+func (p *parser) fail(name string, err error) {
+	if err != nil && p.err == nil {
+		p.err = fmt.Errorf("setting %s: %w", name, err)
+	}
+}
+
+func (p *parser) number(name string) int {
+	n, err := strconv.Atoi(p.cfg.text(name))
+	if err == nil && n < 0 {
+		err = errors.New("is negative")
+	}
+	p.fail(name, err)
+	return n
+}
+
+func (p *parser) duration(name string) time.Duration {
+	d, err := time.ParseDuration(p.cfg.text(name))
+	p.fail(name, err)
+	return d
+}
+
+func (p *parser) list(name string) []string {
+	return strings.FieldsFunc(p.cfg.text(name), func(r rune) bool { return r == ',' || r == ' ' })
+}
+
+func (p *parser) flag(name string) bool {
+	v, err := strconv.ParseBool(p.cfg.text(name))
+	p.fail(name, err)
+	return v
+}
+
+// guests turns the guest settings into the Config of package vm.
+func (p *parser) guests(log *slog.Logger) vm.Config {
+	return vm.Config{StateDir: p.cfg.text("state"), QEMU: p.cfg.text("qemu"), Kernel: p.cfg.text("kernel"),
+		Accel: p.cfg.text("accel"), Busybox: p.cfg.text("sandbox-shell"), ColdBoot: p.flag("cold-boot"), Logger: log}
+}
+
+// serve joins the packages and runs them until a signal ends them.
+func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
+	p := &parser{cfg: cfg}
+	state := cfg.text("state")
+	guests := p.guests(log)
+	name := cfg.text("server-name")
+	if name == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			return err
+		}
+		name = host
+	}
+	storeConfig := store.Config{ServerName: name, MinFree: int64(p.number("min-free")) << 20, Logger: log}
+	builds := server.BuildsConfig{CPUs: p.number("default-cpu"), MemoryMiB: p.number("default-mem"), Logger: log,
+		Room:   server.Room{Guests: p.number("max-guests"), MemoryMiB: p.number("memory")},
+		Limits: server.Limits{MaxLogSize: int64(p.number("max-log-size"))}}
+	front := server.Config{Version: version(), Logger: log, Ciphers: p.list("ciphers"), MaxUnauthenticated: p.number("max-unauthenticated"),
+		HandshakeTimeout: p.duration("handshake-timeout"), KeepAlive: p.duration("keep-alive")}
+	grace := p.duration("drain-timeout")
+	if p.err != nil {
+		return p.err
+	}
+	listener, err := net.Listen("tcp", cfg.text("ssh-listen"))
+	if err != nil {
+		return &server.HintError{Err: err, Hint: "choose another address with --ssh-listen"}
+	}
+	defer listener.Close()
+	if err := os.MkdirAll(state, 0o755); err != nil {
+		return fmt.Errorf("make state directory: %w", err)
+	}
+	st, err := store.Open(state, storeConfig)
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	guests.Blobs = blobs{st}
+	runner, err := vm.New(guests)
+	if err != nil {
+		return err
+	}
+	defer runner.Close()
+	builds.Store, builds.Runner = st, runner
+	front.Store = st
+	d, err := server.NewDaemon(ctx, server.DaemonConfig{State: state, Server: front, Builds: builds, Guests: runner, Logger: log})
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return serveUntilSignal(d, listener, grace, log)
+}
+
+// serveUntilSignal serves; the first signal drains, the second one ends.
+func serveUntilSignal(d *server.Daemon, l net.Listener, grace time.Duration, log *slog.Logger) error {
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	defer signal.Stop(signals)
+	ended := make(chan error, 1)
+	go func() { ended <- d.Serve(l) }()
+	log.Info("nbd is ready", "version", version(), "ssh", l.Addr().String(), "state", d.State())
+	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+		log.Warn("cannot tell systemd", "err", err)
+	}
+	select {
+	case err := <-ended:
+		return err
+	case s := <-signals:
+		log.Info("draining: no new builds, running ones may finish", "signal", s.String(), "grace", grace)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), grace)
+	defer cancel()
+	go func() {
+		<-signals
+		log.Warn("second signal: ending at once")
+		cancel()
+	}()
+	if err := d.Drain(ctx); err != nil {
+		log.Warn("ending builds that still run", "err", err)
+	}
+	return nil
+}
+
+// blobs lets guests read the store's blobs.
+type blobs struct{ *store.Store }
+
+// Open implements vm.Blobs.
+func (b blobs) Open(ctx context.Context, h nixproto.Hash) (vm.Blob, error) {
+	return b.OpenBlob(ctx, h)
+}
+
+// Commands that ask a running server.
+
+// An adminFlags is what all commands of `nbd admin` share.
+type adminFlags struct {
+	cfg  *config
+	json bool
+}
+
+func (a *adminFlags) client() *server.AdminClient {
+	return server.NewAdminClient(a.cfg.text("state"))
+}
+
+// print writes v as JSON if that was asked for, else what text writes.
+func (a *adminFlags) print(cmd *cobra.Command, v any, text func(w io.Writer)) error {
+	out := cmd.OutOrStdout()
+	if a.json {
+		enc := json.NewEncoder(out)
+		enc.SetIndent("", "  ")
+		return enc.Encode(v)
+	}
+	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
+	text(w)
+	return w.Flush()
+}
+
+func adminCommand() *cobra.Command {
+	a := &adminFlags{}
+	cmd := &cobra.Command{Use: "admin", Short: "Rule a running server, on its machine"}
+	a.cfg = &config{flags: cmd.PersistentFlags()}
+	a.cfg.flags.String("state", defaultState(), "directory of the server's state")
+	a.cfg.flags.BoolVar(&a.json, "json", false, "print JSON")
+	cmd.PersistentPreRunE = func(*cobra.Command, []string) error { return a.cfg.load() }
+	account := &cobra.Command{Use: "account", Short: "Accounts: add, list, remove"}
+	account.AddCommand(a.accountAdd(), a.accountList(), a.accountRemove())
+	key := &cobra.Command{Use: "key", Short: "SSH keys of accounts: add, list, remove"}
+	key.AddCommand(a.keyAdd(), a.keyList(), a.keyRemove())
+	cmd.AddCommand(account, key, a.status(), a.check())
+	for _, c := range []*cobra.Command{cmd, account, key} {
+		c.RunE = needsCommand
+	}
+	return cmd
+}
+
+// needsCommand is run by a command that only has commands below it.
+func needsCommand(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return cmd.Help()
+	}
+	return usageError{fmt.Errorf("%s has no command %q", cmd.CommandPath(), args[0])}
+}
+
+// exactArgs wants as many arguments as there are names.
+func exactArgs(names ...string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) != len(names) {
+			return usageError{fmt.Errorf("%s takes %s", cmd.CommandPath(), strings.Join(names, " "))}
+		}
+		return nil
+	}
+}
+
+func (a *adminFlags) accountAdd() *cobra.Command {
+	var files []string
+	cmd := &cobra.Command{Use: "add NAME --ssh-key FILE", Short: "Make an account and let its keys in", Args: exactArgs("NAME"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			keys, err := server.ReadKeyFiles(files)
+			if err != nil {
+				return err
+			}
+			acc, err := a.client().AddAccount(cmd.Context(), server.NewKeys{Account: args[0], Keys: keys})
+			if err != nil {
+				return err
+			}
+			return a.print(cmd, acc, func(w io.Writer) {
+				fmt.Fprintf(w, "account %s\nsigns with %s\n", acc.Name, acc.PublicKey)
+				for _, k := range acc.Keys {
+					fmt.Fprintf(w, "key %s %s\n", k.Fingerprint, k.Comment)
+				}
+			})
+		}}
+	cmd.Flags().StringArrayVar(&files, "ssh-key", nil, "file with public SSH keys, - for standard input; may be repeated")
+	return cmd
+}
+
+func (a *adminFlags) accountList() *cobra.Command {
+	return &cobra.Command{Use: "list", Short: "List accounts", Args: exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			list, err := a.client().Accounts(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return a.print(cmd, list, func(w io.Writer) {
+				for _, acc := range list {
+					fmt.Fprintf(w, "%s\t%d keys\t%s\n", acc.Name, len(acc.Keys), acc.PublicKey)
+				}
+			})
+		}}
+}
+
+func (a *adminFlags) accountRemove() *cobra.Command {
+	return &cobra.Command{Use: "remove NAME", Short: "Remove an account with its keys and all it has in the store", Args: exactArgs("NAME"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := a.client().RemoveAccount(cmd.Context(), args[0]); err != nil {
+				return err
+			}
+			return a.print(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintln(w, "removed", args[0]) })
+		}}
+}
+
+func (a *adminFlags) keyAdd() *cobra.Command {
+	var permissions []string
+	cmd := &cobra.Command{Use: "add ACCOUNT FILE", Short: "Let a key into an account", Args: exactArgs("ACCOUNT", "FILE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			keys, err := server.ReadKeyFiles(args[1:])
+			if err != nil {
+				return err
+			}
+			list, err := a.client().AddKeys(cmd.Context(), server.NewKeys{Account: args[0], Keys: keys, Permissions: permissions})
+			if err != nil {
+				return err
+			}
+			return a.print(cmd, list, func(w io.Writer) { printKeys(w, list) })
+		}}
+	cmd.Flags().StringSliceVar(&permissions, "permissions", nil,
+		"what it may do, of build:read, build:write, store:read, store:write, account:read, account:write (default: all)")
+	return cmd
+}
+
+func printKeys(w io.Writer, list []server.KeyInfo) {
+	for _, k := range list {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", k.Account, k.Fingerprint, k.Type, strings.Join(k.Permissions, ","), k.Comment)
+	}
+}
+
+func (a *adminFlags) keyList() *cobra.Command {
+	return &cobra.Command{Use: "list [ACCOUNT]", Short: "List keys", Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			list, err := a.client().Keys(cmd.Context(), strings.Join(args, ""))
+			if err != nil {
+				return err
+			}
+			return a.print(cmd, list, func(w io.Writer) { printKeys(w, list) })
+		}}
+}
+
+func (a *adminFlags) keyRemove() *cobra.Command {
+	return &cobra.Command{Use: "remove FINGERPRINT", Short: "Shut a key out", Args: exactArgs("FINGERPRINT"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := a.client().RemoveKey(cmd.Context(), args[0]); err != nil {
+				return err
+			}
+			return a.print(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintln(w, "removed", args[0]) })
+		}}
+}
+
+func (a *adminFlags) status() *cobra.Command {
+	return &cobra.Command{Use: "status", Short: "Tell how the server does", Args: exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			s, err := a.client().Status(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return a.print(cmd, s, func(w io.Writer) { s.Print(w) })
+		}}
+}
+
+func (a *adminFlags) check() *cobra.Command {
+	var readData bool
+	cmd := &cobra.Command{Use: "check", Short: "Prove the store: that all is there, and with --read-data that it is right", Args: exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r, err := a.client().Check(cmd.Context(), readData)
+			if err != nil {
+				return err
+			}
+			if err := a.print(cmd, r, func(w io.Writer) {
+				fmt.Fprintf(w, "%d accounts, %d paths, %d NARs, %d MiB\n", r.Accounts, r.Paths, r.Blobs, r.Bytes>>20)
+				for _, p := range r.Problems {
+					fmt.Fprintln(w, p)
+				}
+			}); err != nil {
+				return err
+			}
+			if !r.OK() {
+				return fmt.Errorf("the store has %d faults", len(r.Problems)+r.More)
+			}
+			return nil
+		}}
+	cmd.Flags().BoolVar(&readData, "read-data", false, "read and hash every byte")
+	return cmd
+}
+
+// Commands that need no server.
+
+func kernelCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "kernel", Short: "Kernels for guests: import, list", RunE: needsCommand}
+	cfg := &config{flags: cmd.PersistentFlags()}
+	cfg.flags.String("state", defaultState(), "directory of the server's state")
+	cmd.PersistentPreRunE = func(*cobra.Command, []string) error { return cfg.load() }
+	cmd.AddCommand(
+		&cobra.Command{Use: "import FILE|DIR", Args: exactArgs("FILE|DIR"),
+			Short: "Keep a kernel from a package (.deb, .rpm) or from a folder with vmlinuz and its modules",
+			RunE: func(cmd *cobra.Command, args []string) error {
+				k, err := vm.ImportKernel(cfg.text("state"), args[0])
+				if err == nil {
+					fmt.Fprintln(cmd.OutOrStdout(), "imported", k.Name)
+				}
+				return err
+			}},
+		&cobra.Command{Use: "list", Args: exactArgs(), Short: "List kernels that guests could run, the one to be used first",
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				list, err := vm.Kernels(cfg.text("state"))
+				if err != nil {
+					return err
+				}
+				w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
+				for _, k := range list {
+					fmt.Fprintf(w, "%s\t%s\t%s\n", k.Name, map[bool]string{true: "imported", false: "host"}[k.Imported], k.Image)
+				}
+				return w.Flush()
+			}})
+	return cmd
+}
+
+func setupCommand() *cobra.Command {
+	var host, port, kind string
+	cmd := &cobra.Command{Use: "setup", Short: "Print the configuration that a client needs", Args: exactArgs()}
+	cfg := newConfig(cmd, nil)
+	cmd.Flags().StringVar(&host, "host", "", "name or address by which clients reach this machine")
+	cmd.Flags().StringVar(&port, "port", "", "port by which they do (default: the one the server listens on)")
+	cmd.Flags().StringVar(&kind, "for", "nix.conf", strings.Join(server.SetupKinds, ", "))
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := cfg.load(); err != nil {
+			return err
+		}
+		status, err := server.NewAdminClient(cfg.text("state")).Status(cmd.Context())
+		if err != nil {
+			return err
+		}
+		s := server.Setup{Host: host, Port: port, HostKey: status.HostKey, Systems: status.Systems, Features: status.Features,
+			MaxJobs: max(1, status.Queue.Total.Guests)}
+		if err := s.SetAddress(status.SSH); err != nil {
+			return err
+		}
+		text, err := s.Text(kind)
+		if err == nil {
+			fmt.Fprint(cmd.OutOrStdout(), text)
+		}
+		return err
+	}
+	return cmd
+}
+
+func doctorCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "doctor", Short: "Prove each part that a build needs, boot a guest, say how to mend what is wrong", Args: exactArgs()}
+	cfg := newConfig(cmd, guestSettings)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := cfg.load(); err != nil {
+			return err
+		}
+		p := &parser{cfg: cfg}
+		guests := p.guests(slog.New(slog.DiscardHandler))
+		if p.err != nil {
+			return p.err
+		}
+		return server.Doctor(cmd.Context(), guests, cmd.OutOrStdout())
+	}
+	return cmd
+}
+
+func versionCommand() *cobra.Command {
+	return &cobra.Command{Use: "version", Short: "Print the version", Args: exactArgs(),
+		Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), "nbd", version()) }}
+}
+
+// version is the module's version, or the commit that was built.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "devel"
+	}
+	if v := info.Main.Version; v != "" && v != "(devel)" {
+		return strings.TrimPrefix(v, "v")
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" && len(s.Value) >= 12 {
+			return "devel-" + s.Value[:12]
+		}
+	}
+	return "devel"
+}

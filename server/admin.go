@@ -1,0 +1,396 @@
+package server
+
+import (
+	"context"
+	"crypto/rsa"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	gossh "golang.org/x/crypto/ssh"
+	"golang.org/x/sys/unix"
+
+	"nbd/store"
+	"nbd/vm"
+)
+
+// AdminSocket is the name of the operator's socket in the state directory.
+const AdminSocket = "admin.sock"
+
+// maxAdminBody bounds one request on the operator's socket, in bytes.
+const maxAdminBody = 1 << 20
+
+// An Admin answers `nbd admin`: JSON over HTTP on a local socket that only the
+// server's own user and root may use. Every request acts at once.
+type Admin struct {
+	store  *store.Store
+	status func(context.Context) (Status, error)
+	log    *slog.Logger
+	http   http.Server
+}
+
+// A Status is what `nbd admin status` tells. Its JSON form is relied on by
+// scripts.
+type Status struct {
+	Version string    `json:"version"`
+	PID     int       `json:"pid"`
+	State   string    `json:"state"` // directory
+	Started time.Time `json:"started"`
+	// SSH is the address that the server listens on.
+	SSH string `json:"ssh"`
+	// HostKey is the server's public key as in known_hosts: type and base64.
+	HostKey  string      `json:"hostKey"`
+	Systems  []string    `json:"systems"`
+	Features []string    `json:"features"`
+	Sessions int         `json:"sessions"`
+	Queue    QueueStatus `json:"queue"`
+	Guests   vm.Status   `json:"guests"`
+	Store    StoreState  `json:"store"`
+}
+
+// A StoreState says how much a store holds.
+type StoreState struct {
+	Accounts int    `json:"accounts"`
+	Paths    int    `json:"paths"` // of all views
+	Blobs    int    `json:"blobs"`
+	Bytes    uint64 `json:"bytes"`     // of the blobs
+	FreeDisk uint64 `json:"freeBytes"` // on the store's file system
+}
+
+// An AccountInfo is an account as operators see it.
+type AccountInfo struct {
+	Name      string    `json:"name"`
+	Created   time.Time `json:"created"`
+	PublicKey string    `json:"publicKey"`
+	Keys      []KeyInfo `json:"keys"`
+}
+
+// A KeyInfo is an SSH key as operators see it.
+type KeyInfo struct {
+	Account     string    `json:"account"`
+	Type        string    `json:"type"`
+	Fingerprint string    `json:"fingerprint"`
+	Comment     string    `json:"comment"`
+	Permissions []string  `json:"permissions"`
+	Added       time.Time `json:"added"`
+}
+
+// A NewKeys request adds SSH keys, each a line as in authorized_keys.
+type NewKeys struct {
+	Account string   `json:"account"`
+	Keys    []string `json:"keys"`
+	// Permissions of the keys; nil means all.
+	Permissions []string `json:"permissions"`
+}
+
+// NewAdmin returns an Admin over s; status answers for the rest of the server.
+func NewAdmin(s *store.Store, status func(context.Context) (Status, error), log *slog.Logger) *Admin {
+	a := &Admin{store: s, status: status, log: log}
+	mux := http.NewServeMux()
+	mux.Handle("GET /status", a.handle(a.getStatus))
+	mux.Handle("GET /accounts", a.handle(a.listAccounts))
+	mux.Handle("POST /accounts", a.handle(a.addAccount))
+	mux.Handle("DELETE /accounts", a.handle(a.removeAccount))
+	mux.Handle("GET /keys", a.handle(a.listKeys))
+	mux.Handle("POST /keys", a.handle(a.addKeys))
+	mux.Handle("DELETE /keys", a.handle(a.removeKey))
+	mux.Handle("POST /check", a.handle(a.check))
+	a.http = http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	return a
+}
+
+// ListenAdmin makes the socket in stateDir, mode 0600. A socket that an earlier
+// server left is replaced; the store's lock tells that no other server lives.
+func ListenAdmin(stateDir string) (net.Listener, error) {
+	path := filepath.Join(stateDir, AdminSocket)
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("listen for nbd admin: %w", err)
+	}
+	// The socket must never be open to others, not even between bind and chmod.
+	old := unix.Umask(0o177)
+	l, err := net.Listen("unix", path)
+	unix.Umask(old)
+	if err != nil {
+		return nil, fmt.Errorf("listen for nbd admin: %w", err)
+	}
+	return &peerListener{Listener: l, uid: uint32(os.Geteuid())}, nil
+}
+
+// Serve answers requests from l until Close.
+func (a *Admin) Serve(l net.Listener) error {
+	if err := a.http.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve nbd admin: %w", err)
+	}
+	return nil
+}
+
+// Close ends all requests and closes the listener.
+func (a *Admin) Close() error { return a.http.Close() }
+
+// A peerListener drops connections of other users than uid and root.
+type peerListener struct {
+	net.Listener
+	uid uint32
+}
+
+// Accept returns the next connection of an allowed user.
+func (l *peerListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if uid, err := peerUID(c.(*net.UnixConn)); err == nil && (uid == 0 || uid == l.uid) {
+			return c, nil
+		}
+		c.Close()
+	}
+}
+
+func peerUID(c *net.UnixConn) (uint32, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return 0, err
+	}
+	if credErr != nil {
+		return 0, credErr
+	}
+	return cred.Uid, nil
+}
+
+// An adminError is the operator's own mistake, with the way out.
+type adminError struct {
+	Text string `json:"error"`
+	Hint string `json:"hint,omitempty"`
+}
+
+func (e *adminError) Error() string { return e.Text }
+
+func (a *Admin) handle(f func(*http.Request) (any, error)) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.Body = http.MaxBytesReader(w, r.Body, maxAdminBody)
+		answer, err := f(r)
+		w.Header().Set("Content-Type", "application/json")
+		if err != nil {
+			var mine *adminError
+			if !errors.As(err, &mine) {
+				mine = &adminError{Text: err.Error()}
+				a.log.Error("nbd admin request failed", "request", r.Method+" "+r.URL.Path, "err", err)
+			}
+			w.WriteHeader(http.StatusBadRequest)
+			answer = mine
+		} else if r.Method != http.MethodGet {
+			a.log.Info("nbd admin", "request", r.Method+" "+r.URL.RequestURI())
+		}
+		if err := json.NewEncoder(w).Encode(answer); err != nil {
+			a.log.Debug("nbd admin client is gone", "err", err)
+		}
+	})
+}
+
+func (a *Admin) getStatus(r *http.Request) (any, error) { return a.status(r.Context()) }
+
+func (a *Admin) check(r *http.Request) (any, error) {
+	return a.store.Check(r.Context(), r.URL.Query().Get("readData") == "true")
+}
+
+func (a *Admin) listAccounts(r *http.Request) (any, error) {
+	accounts, err := a.store.Accounts(r.Context())
+	if err != nil {
+		return nil, err
+	}
+	list := []AccountInfo{}
+	for _, acc := range accounts {
+		info, err := a.accountInfo(r.Context(), acc)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, info)
+	}
+	return list, nil
+}
+
+func (a *Admin) accountInfo(ctx context.Context, acc store.Account) (AccountInfo, error) {
+	keys, err := a.store.Keys(ctx, acc.ID)
+	if err != nil {
+		return AccountInfo{}, err
+	}
+	info := AccountInfo{Name: acc.Name, Created: acc.Created, PublicKey: acc.PublicKey, Keys: []KeyInfo{}}
+	for _, k := range keys {
+		info.Keys = append(info.Keys, keyInfo(acc.Name, k))
+	}
+	return info, nil
+}
+
+func keyInfo(account string, k store.Key) KeyInfo {
+	return KeyInfo{account, k.Type, k.Fingerprint, k.Comment, k.Permissions, k.Added}
+}
+
+func (a *Admin) addAccount(r *http.Request) (any, error) {
+	req, keys, err := readKeys(r)
+	if err != nil {
+		return nil, err
+	}
+	acc, err := a.store.AddAccount(r.Context(), req.Account, keys...)
+	if err != nil {
+		return nil, explainStore(err, "choose another name or key; names of removed accounts are not used again")
+	}
+	return a.accountInfo(r.Context(), acc)
+}
+
+func (a *Admin) removeAccount(r *http.Request) (any, error) {
+	acc, err := a.account(r.Context(), r.URL.Query().Get("name"))
+	if err != nil {
+		return nil, err
+	}
+	return struct{}{}, a.store.RemoveAccount(r.Context(), acc.ID)
+}
+
+func (a *Admin) account(ctx context.Context, name string) (store.Account, error) {
+	acc, err := a.store.AccountByName(ctx, name)
+	if errors.Is(err, store.ErrNotFound) {
+		return acc, &adminError{Text: fmt.Sprintf("there is no account %q", clip(name)), Hint: "see `nbd admin account list`"}
+	}
+	return acc, err
+}
+
+func (a *Admin) listKeys(r *http.Request) (any, error) {
+	var accounts []store.Account
+	if name := r.URL.Query().Get("account"); name != "" {
+		acc, err := a.account(r.Context(), name)
+		if err != nil {
+			return nil, err
+		}
+		accounts = append(accounts, acc)
+	} else {
+		var err error
+		if accounts, err = a.store.Accounts(r.Context()); err != nil {
+			return nil, err
+		}
+	}
+	list := []KeyInfo{}
+	for _, acc := range accounts {
+		keys, err := a.store.Keys(r.Context(), acc.ID)
+		if err != nil {
+			return nil, err
+		}
+		for _, k := range keys {
+			list = append(list, keyInfo(acc.Name, k))
+		}
+	}
+	return list, nil
+}
+
+func (a *Admin) addKeys(r *http.Request) (any, error) {
+	req, keys, err := readKeys(r)
+	if err != nil {
+		return nil, err
+	}
+	acc, err := a.account(r.Context(), req.Account)
+	if err != nil {
+		return nil, err
+	}
+	list := []KeyInfo{}
+	for _, k := range keys {
+		k, err := a.store.AddKey(r.Context(), acc.ID, k)
+		if err != nil {
+			return nil, explainStore(err, "a key belongs to one account; see `nbd admin key list`")
+		}
+		list = append(list, keyInfo(acc.Name, k))
+	}
+	return list, nil
+}
+
+func (a *Admin) removeKey(r *http.Request) (any, error) {
+	fingerprint := r.URL.Query().Get("fingerprint")
+	_, err := a.store.RemoveKey(r.Context(), fingerprint)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, &adminError{Text: fmt.Sprintf("there is no key %q", clip(fingerprint)),
+			Hint: "give the fingerprint, SHA256:…, as `nbd admin key list` prints it"}
+	}
+	return struct{}{}, err
+}
+
+// explainStore turns a refusal of the store into the operator's mistake.
+func explainStore(err error, hint string) error {
+	if errors.Is(err, store.ErrExists) || errors.Is(err, store.ErrInvalid) {
+		return &adminError{Text: err.Error(), Hint: hint}
+	}
+	return err
+}
+
+// readKeys reads a NewKeys request and checks everything in it.
+func readKeys(r *http.Request) (NewKeys, []store.Key, error) {
+	var req NewKeys
+	if err := json.NewDecoder(r.Body).Decode(&req); err != nil {
+		return req, nil, &adminError{Text: "malformed request: " + err.Error()}
+	}
+	for _, p := range req.Permissions {
+		if !slices.Contains(allPermissions, Permission(p)) {
+			return req, nil, &adminError{Text: fmt.Sprintf("there is no permission %q", clip(p)),
+				Hint: fmt.Sprintf("the permissions are %v", allPermissions)}
+		}
+	}
+	var keys []store.Key
+	for _, line := range req.Keys {
+		k, err := parseKey(line)
+		if err != nil {
+			return req, nil, err
+		}
+		k.Permissions = req.Permissions
+		keys = append(keys, k)
+	}
+	return req, keys, nil
+}
+
+var allPermissions = []Permission{BuildRead, BuildWrite, StoreRead, StoreWrite, AccountRead, AccountWrite}
+
+// minRSABits is the shortest RSA key that opens an account.
+const minRSABits = 2048
+
+// parseKey reads one line of an authorized_keys file.
+func parseKey(line string) (store.Key, error) {
+	pub, comment, options, _, err := gossh.ParseAuthorizedKey([]byte(line))
+	if err != nil {
+		return store.Key{}, &adminError{Text: fmt.Sprintf("%q is not an SSH public key", clip(strings.TrimSpace(line))),
+			Hint: "give a file like ~/.ssh/id_ed25519.pub, not the private key"}
+	}
+	if len(options) > 0 {
+		return store.Key{}, &adminError{Text: "options before a key are not supported", Hint: "use --permissions to say what the key may do"}
+	}
+	if pub.Type() == gossh.InsecureKeyAlgoDSA {
+		return store.Key{}, &adminError{Text: "DSA keys are not accepted", Hint: "make one with `ssh-keygen -t ed25519`"}
+	}
+	if bits := rsaBits(pub); bits > 0 && bits < minRSABits {
+		return store.Key{}, &adminError{Text: fmt.Sprintf("an RSA key of %d bits is not accepted", bits), Hint: "make one with `ssh-keygen -t ed25519`"}
+	}
+	return store.Key{Wire: pub.Marshal(), Comment: comment}, nil
+}
+
+// rsaBits returns the length of an RSA key, 0 for keys of another kind.
+func rsaBits(pub gossh.PublicKey) int {
+	c, ok := pub.(gossh.CryptoPublicKey)
+	if !ok {
+		return 0
+	}
+	k, ok := c.CryptoPublicKey().(*rsa.PublicKey)
+	if !ok {
+		return 0
+	}
+	return k.N.BitLen()
+}

@@ -1,0 +1,195 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"nbd/store"
+	"nbd/vm"
+)
+
+// A HintError is an error with the way out beside it.
+type HintError struct {
+	Err  error
+	Hint string
+}
+
+func (e *HintError) Error() string { return e.Err.Error() }
+
+// Unwrap returns the error without the hint.
+func (e *HintError) Unwrap() error { return e.Err }
+
+// An AdminClient asks a running server through its socket. Errors of its
+// methods are *HintError where there is something to advise.
+type AdminClient struct {
+	http  http.Client
+	state string
+}
+
+// NewAdminClient returns a client for the server of a state directory. It does
+// not connect yet.
+func NewAdminClient(stateDir string) *AdminClient {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", filepath.Join(stateDir, AdminSocket))
+	}
+	return &AdminClient{http: http.Client{Transport: &http.Transport{DialContext: dial}}, state: stateDir}
+}
+
+// Status tells how the server does.
+func (c *AdminClient) Status(ctx context.Context) (s Status, err error) {
+	return s, c.do(ctx, http.MethodGet, "/status", nil, nil, &s)
+}
+
+// Accounts lists all accounts with their keys.
+func (c *AdminClient) Accounts(ctx context.Context) (list []AccountInfo, err error) {
+	return list, c.do(ctx, http.MethodGet, "/accounts", nil, nil, &list)
+}
+
+// AddAccount makes an account; its keys are lines as in authorized_keys.
+func (c *AdminClient) AddAccount(ctx context.Context, req NewKeys) (a AccountInfo, err error) {
+	return a, c.do(ctx, http.MethodPost, "/accounts", nil, req, &a)
+}
+
+// RemoveAccount removes an account with its keys and its view.
+func (c *AdminClient) RemoveAccount(ctx context.Context, name string) error {
+	return c.do(ctx, http.MethodDelete, "/accounts", url.Values{"name": {name}}, nil, nil)
+}
+
+// Keys lists the keys of an account, of all accounts if account is "".
+func (c *AdminClient) Keys(ctx context.Context, account string) (list []KeyInfo, err error) {
+	return list, c.do(ctx, http.MethodGet, "/keys", url.Values{"account": {account}}, nil, &list)
+}
+
+// AddKeys adds keys to an account.
+func (c *AdminClient) AddKeys(ctx context.Context, req NewKeys) (list []KeyInfo, err error) {
+	return list, c.do(ctx, http.MethodPost, "/keys", nil, req, &list)
+}
+
+// RemoveKey removes the key with a fingerprint.
+func (c *AdminClient) RemoveKey(ctx context.Context, fingerprint string) error {
+	return c.do(ctx, http.MethodDelete, "/keys", url.Values{"fingerprint": {fingerprint}}, nil, nil)
+}
+
+// Check proves the store, with all its bytes if readData.
+func (c *AdminClient) Check(ctx context.Context, readData bool) (r store.Report, err error) {
+	return r, c.do(ctx, http.MethodPost, "/check", url.Values{"readData": {fmt.Sprint(readData)}}, nil, &r)
+}
+
+// do sends one request and decodes its answer into out, unless that is nil.
+func (c *AdminClient) do(ctx context.Context, method, path string, query url.Values, in, out any) error {
+	var body io.Reader
+	if in != nil {
+		b, err := json.Marshal(in)
+		if err != nil {
+			return err
+		}
+		body = bytes.NewReader(b)
+	}
+	u := url.URL{Scheme: "http", Host: "nbd", Path: path, RawQuery: query.Encode()}
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), body)
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return c.explain(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		var e adminError
+		if err := json.NewDecoder(io.LimitReader(resp.Body, maxAdminBody)).Decode(&e); err != nil {
+			return fmt.Errorf("server answered %s", resp.Status)
+		}
+		return &HintError{&e, e.Hint}
+	}
+	if out == nil {
+		return nil
+	}
+	return json.NewDecoder(resp.Body).Decode(out)
+}
+
+// explain says what to do about a socket that does not answer.
+func (c *AdminClient) explain(err error) error {
+	switch {
+	case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return &HintError{fmt.Errorf("no server runs on %s", c.state),
+			"start it with `nbd serve`, or name its state directory with --state"}
+	case errors.Is(err, os.ErrPermission), errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET), errors.Is(err, io.EOF):
+		return &HintError{fmt.Errorf("the server on %s does not accept this user", c.state),
+			"run `nbd admin` as the user that runs `nbd serve`, or as root"}
+	}
+	return err
+}
+
+// Print writes the status for a person; w aligns columns at tabs.
+func (s *Status) Print(w io.Writer) {
+	fmt.Fprintf(w, "nbd %s\tprocess %d, since %s\n", s.Version, s.PID, s.Started.Format(time.DateTime))
+	fmt.Fprintf(w, "state\t%s\n", s.State)
+	fmt.Fprintf(w, "ssh\t%s, %d sessions\n", s.SSH, s.Sessions)
+	fmt.Fprintf(w, "offers\t%s; %s\n", strings.Join(s.Systems, " "), strings.Join(s.Features, " "))
+	fmt.Fprintf(w, "builds\t%d running, %d waiting; room for %d guests, %d MiB, %d CPUs\n",
+		s.Queue.Running, s.Queue.Waiting, s.Queue.Total.Guests, s.Queue.Total.MemoryMiB, s.Queue.Total.CPUs)
+	printGuests(w, &s.Guests)
+	fmt.Fprintf(w, "store\t%d accounts, %d paths, %d NARs, %d MiB; %d MiB free\n",
+		s.Store.Accounts, s.Store.Paths, s.Store.Blobs, s.Store.Bytes>>20, s.Store.FreeDisk>>20)
+}
+
+func printGuests(w io.Writer, g *vm.Status) {
+	accel := g.Accel
+	switch accel {
+	case "":
+		accel = "not known before the first boot"
+	case "tcg":
+		accel = "tcg (EMULATION, slow): " + g.WhyNotKVM
+	}
+	fmt.Fprintf(w, "accelerator\t%s\n", accel)
+	fmt.Fprintf(w, "guests\t%d alive, %d templates; kernel %s, QEMU %s\n", g.Guests, g.Templates, g.Kernel, g.QEMU)
+	for _, weak := range g.Weaknesses {
+		fmt.Fprintf(w, "weaker\t%s\n", weak)
+	}
+}
+
+// ReadKeyFiles returns the lines with keys of files as ssh-keygen makes them;
+// "-" is standard input.
+func ReadKeyFiles(files []string) ([]string, error) {
+	if len(files) == 0 {
+		return nil, &HintError{errors.New("no SSH key given"), "name a file with --ssh-key, like ~/.ssh/id_ed25519.pub"}
+	}
+	var keys []string
+	for _, name := range files {
+		b, err := readFileOrStdin(name)
+		if err != nil {
+			return nil, fmt.Errorf("read SSH key: %w", err)
+		}
+		before := len(keys)
+		for line := range strings.Lines(string(b)) {
+			if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "#") {
+				keys = append(keys, line)
+			}
+		}
+		if len(keys) == before {
+			return nil, fmt.Errorf("%s has no key in it", name)
+		}
+	}
+	return keys, nil
+}
+
+func readFileOrStdin(name string) ([]byte, error) {
+	if name == "-" {
+		return io.ReadAll(io.LimitReader(os.Stdin, maxAdminBody))
+	}
+	return os.ReadFile(name)
+}
