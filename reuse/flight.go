@@ -127,7 +127,7 @@ func (g *Flights[E, R]) Close() {
 }
 
 // Context is cancelled when the flight's result is no longer wanted; its cause
-// is ErrAbandoned, or ErrClosed, or that of the group's context.
+// is that of the last Leave, or ErrClosed, or that of the group's context.
 func (f *Flight[E, R]) Context() context.Context { return f.ctx }
 
 // Tell adds an event, which everybody who waits or joins later receives.
@@ -207,8 +207,9 @@ func (w *Waiter[E, R]) Next(ctx context.Context) (e E, r R, ok bool, err error) 
 }
 
 // Leave ends the waiting. If nobody else waits and the flight has not landed,
-// it is cancelled and can no longer be joined. Calling it again does nothing.
-func (w *Waiter[E, R]) Leave() {
+// it is cancelled and can no longer be joined; why is the cause, ErrAbandoned
+// if it is nil. Calling Leave again does nothing.
+func (w *Waiter[E, R]) Leave(why error) {
 	f := w.flight
 	f.group.mu.Lock()
 	defer f.group.mu.Unlock()
@@ -219,6 +220,9 @@ func (w *Waiter[E, R]) Leave() {
 	f.waiters--
 	if f.waiters == 0 && !f.landed {
 		f.leaveMapLocked()
-		f.cancel(ErrAbandoned)
+		if why == nil {
+			why = ErrAbandoned
+		}
+		f.cancel(why)
 	}
 }

@@ -69,12 +69,12 @@ func TestFlightTellsEachWaiterFromTheBeginning(t *testing.T) {
 		if diff := cmp.Diff([]string{"one", "two", "three"}, events); diff != "" || r != 7 {
 			t.Errorf("result %d, events: %s", r, diff)
 		}
-		w.Leave()
+		w.Leave(nil)
 	}
 	if _, r := all(t, other); r != 8 {
 		t.Errorf("other scope: result %d", r)
 	}
-	other.Leave()
+	other.Leave(nil)
 }
 
 func TestLeavingDoesNotEndItForOthers(t *testing.T) {
@@ -91,13 +91,13 @@ func TestLeavingDoesNotEndItForOthers(t *testing.T) {
 	}
 	w1, _ := mustJoin(t, g, id1, run)
 	w2, _ := mustJoin(t, g, id1, nil)
-	w1.Leave()
-	w1.Leave() // counts once
+	w1.Leave(nil)
+	w1.Leave(nil) // counts once
 	close(land)
 	if _, r := all(t, w2); r != 1 {
 		t.Errorf("result %d, want 1", r)
 	}
-	w2.Leave()
+	w2.Leave(nil)
 }
 
 func TestLastOneToLeaveCancels(t *testing.T) {
@@ -111,8 +111,8 @@ func TestLastOneToLeaveCancels(t *testing.T) {
 		return -1
 	})
 	w2, _ := mustJoin(t, g, id1, nil)
-	w1.Leave()
-	w2.Leave()
+	w1.Leave(nil)
+	w2.Leave(nil)
 	if err := <-ended; !errors.Is(err, ErrAbandoned) {
 		t.Errorf("cause %v", err)
 	}
@@ -125,14 +125,14 @@ func TestLastOneToLeaveCancels(t *testing.T) {
 	if _, r := all(t, w3); r != 3 {
 		t.Errorf("result %d, want 3", r)
 	}
-	w3.Leave()
+	w3.Leave(nil)
 }
 
 func TestNextEndsWithItsContext(t *testing.T) {
 	g := NewFlights[string, int](t.Context())
 	defer g.Close()
 	w, _ := mustJoin(t, g, id1, func(f *flight) int { <-f.Context().Done(); return 0 })
-	defer w.Leave()
+	defer w.Leave(nil)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	gone := errors.New("gone")
 	cancel(gone)
@@ -160,8 +160,8 @@ func TestStartIsNotJoined(t *testing.T) {
 	if _, r := all(t, w1); r != 1 {
 		t.Errorf("result %d", r)
 	}
-	w1.Leave()
-	w2.Leave()
+	w1.Leave(nil)
+	w2.Leave(nil)
 }
 
 func TestDrainAndClose(t *testing.T) {
@@ -193,7 +193,7 @@ func TestDrainAndClose(t *testing.T) {
 	if _, r := all(t, w); r != 2 {
 		t.Errorf("result %d, want that of a cancelled flight", r)
 	}
-	w.Leave()
+	w.Leave(nil)
 	if err := g.Drain(t.Context()); err != nil {
 		t.Error(err)
 	}
@@ -224,7 +224,7 @@ func TestFlightsUnderLoad(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			defer w.Leave()
+			defer w.Leave(nil)
 			n := 0
 			for {
 				_, r, ok, err := w.Next(t.Context())
