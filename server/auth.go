@@ -1,6 +1,16 @@
 package server
 
-import "slices"
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+
+	"github.com/gliderlabs/ssh"
+	gossh "golang.org/x/crypto/ssh"
+
+	"nbd/store"
+)
 
 // A Permission is what a key may do; it is spelled as operators spell it.
 type Permission string
@@ -19,11 +29,69 @@ const (
 // A Client is who is at the other end of a connection: one key of one account.
 // It does not change.
 type Client struct {
-	Account     uint64
-	AccountName string
-	Fingerprint string // of the key: "SHA256:…"
-	Permissions []Permission
+	Account     store.Account
+	Fingerprint string   // of the key: "SHA256:…"
+	Permissions []string // of the key
 }
 
 // Can reports whether the client's key has a permission.
-func (c *Client) Can(p Permission) bool { return slices.Contains(c.Permissions, p) }
+func (c *Client) Can(p Permission) bool { return slices.Contains(c.Permissions, string(p)) }
+
+// require returns an error that names the permission which is missing.
+func (c *Client) require(p Permission) error {
+	if c.Can(p) {
+		return nil
+	}
+	return refusef("permission denied: key %s does not have %s", c.Fingerprint, p)
+}
+
+// accounts knows who may come in; *store.Store. AccountByKey returns
+// store.ErrNotFound for a key that nobody has.
+type accounts interface {
+	AccountByKey(ctx context.Context, wire []byte) (store.Account, store.Key, error)
+}
+
+// clientExtra is where a connection's permissions hold its *Client.
+type clientExtra struct{}
+
+// authenticator decides which keys open a connection. Any user name will do:
+// the key alone tells who it is.
+type authenticator struct {
+	accounts accounts
+	log      *slog.Logger
+}
+
+// known reports whether a key that a client offers would be accepted; the
+// client has not proved yet that it is its own.
+func (a *authenticator) known(ctx ssh.Context, key ssh.PublicKey) bool {
+	_, _, err := a.accounts.AccountByKey(ctx, key.Marshal())
+	log := a.log.With("client", ctx.RemoteAddr(), "key", gossh.FingerprintSHA256(key), "user", clip(ctx.User()))
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		log.Info("unknown key refused")
+	case err != nil:
+		log.Error("cannot look up key", "err", err)
+	}
+	return err == nil
+}
+
+// verified names the client whose signature by key was just verified. The
+// permissions it returns are the connection's own: what was offered before, and
+// not used, leaves no trace in them.
+func (a *authenticator) verified(_ gossh.ConnMetadata, key gossh.PublicKey, _ *gossh.Permissions, _ string) (*gossh.Permissions, error) {
+	account, k, err := a.accounts.AccountByKey(context.Background(), key.Marshal())
+	if err != nil {
+		return nil, err
+	}
+	c := &Client{Account: account, Fingerprint: k.Fingerprint, Permissions: k.Permissions}
+	return &gossh.Permissions{ExtraData: map[any]any{clientExtra{}: c}}, nil
+}
+
+// clientOf returns whom a connection authenticated as, nil if nobody.
+func clientOf(conn *gossh.ServerConn) *Client {
+	if conn.Permissions == nil {
+		return nil
+	}
+	c, _ := conn.Permissions.ExtraData[clientExtra{}].(*Client)
+	return c
+}

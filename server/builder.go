@@ -41,26 +41,16 @@ type Builder interface {
 type BuildRequest struct {
 	DrvPath nixproto.StorePath
 	Drv     *nixproto.Derivation // Name is that of DrvPath, InputDrvs is nil
-	Mode    BuildMode
+	Mode    nixproto.BuildMode
 	Limits  Limits
 }
 
 // A PathsRequest is a BuildPaths or BuildPathsWithResults request.
 type PathsRequest struct {
 	Paths  []nixproto.DerivedPath
-	Mode   BuildMode
+	Mode   nixproto.BuildMode
 	Limits Limits
 }
-
-// A BuildMode says what to do about outputs that are valid already.
-type BuildMode uint8
-
-// The modes, with Nix's numbers.
-const (
-	ModeNormal BuildMode = iota // nothing is to be done
-	ModeRepair                  // replace damaged ones
-	ModeCheck                   // build again and compare
-)
 
 // Limits are those that came with a request, which only the serve protocol
 // carries. A zero field is not set.
@@ -70,13 +60,8 @@ type Limits struct {
 	MaxLogSize int64 // bytes
 }
 
-// Missing is the answer to QueryMissing. Its lists have no duplicates.
-type Missing struct {
-	WillBuild    []nixproto.StorePath // derivations
-	Unknown      []nixproto.StorePath // neither valid nor to be built here
-	DownloadSize uint64               // bytes
-	NarSize      uint64               // bytes
-}
+// Missing is the answer to QueryMissing; its lists have no duplicates.
+type Missing = nixproto.Missing
 
 // A LogSink shows a client what goes on. Its methods block while the client
 // does not read, may be called concurrently, and write each message whole.

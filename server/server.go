@@ -25,3 +25,254 @@
 //     closed.
 //   - Every goroutine belongs to the Server and ends before Close returns.
 package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gliderlabs/ssh"
+	gossh "golang.org/x/crypto/ssh"
+
+	"nbd/nixproto"
+	"nbd/store"
+)
+
+// Config says how a Server treats clients. HostKey, Store and Builder are
+// needed; of the rest the zero value works.
+type Config struct {
+	// HostKey is what clients know the server by; see LoadHostKey.
+	HostKey gossh.Signer
+	// Store is what clients see their views of.
+	Store *store.Store
+	// Builder builds for them. The Server does not close it.
+	Builder Builder
+	// Version is shown to clients behind "nbd "; default "devel".
+	Version string
+	// TrustedKeys are the operator's public keys of caches: a signature in the
+	// name of one of them has to verify.
+	TrustedKeys []nixproto.PublicKey
+	// TempDir is where large files are put while they arrive; default is the
+	// system's.
+	TempDir string
+	// Logger takes what an operator acts on; default: discarded.
+	Logger *slog.Logger
+
+	// Ciphers are the SSH ciphers offered. By default those that suit the
+	// processor: only AES-GCM where it has instructions for that.
+	Ciphers []string
+	// MaxUnauthenticated is how many connections may be in their handshake at
+	// once, and a quarter of them from one address; default 64.
+	MaxUnauthenticated int
+	// HandshakeTimeout bounds the time from a connection to its
+	// authentication; default 20 s.
+	HandshakeTimeout time.Duration
+	// MaxSessions is how many sessions one connection may have open at once;
+	// default 64.
+	MaxSessions int
+	// KeepAlive is after how long a silent client is asked whether it is still
+	// there; default 20 s. After three times that without a sign of life its
+	// connection is closed.
+	KeepAlive time.Duration
+}
+
+// deadAfter is how many keep-alive intervals a connection may be silent.
+const deadAfter = 3
+
+func (c *Config) fill() error {
+	switch {
+	case c.HostKey == nil:
+		return errors.New("config: HostKey is missing")
+	case c.Store == nil:
+		return errors.New("config: Store is missing")
+	case c.Builder == nil:
+		return errors.New("config: Builder is missing")
+	}
+	if c.Version == "" {
+		c.Version = "devel"
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Ciphers == nil {
+		c.Ciphers = defaultCiphers()
+	}
+	if c.MaxUnauthenticated == 0 {
+		c.MaxUnauthenticated = 64
+	}
+	if c.HandshakeTimeout == 0 {
+		c.HandshakeTimeout = 20 * time.Second
+	}
+	if c.MaxSessions == 0 {
+		c.MaxSessions = 64
+	}
+	if c.KeepAlive == 0 {
+		c.KeepAlive = 20 * time.Second
+	}
+	return nil
+}
+
+// A Server serves SSH clients. Its methods are safe for concurrent use.
+type Server struct {
+	cfg   Config
+	store *store.Store
+	log   *slog.Logger
+	auth  authenticator
+	ssh   *ssh.Server
+	gate  *gate
+
+	ctx    context.Context // of everything that goes on; ends in Close
+	cancel context.CancelFunc
+	nextID atomic.Uint64 // of sessions
+
+	mu        sync.Mutex // guards what follows
+	state     state
+	listeners map[net.Listener]struct{}
+	conns     map[*conn]struct{}
+	sessions  map[*session]struct{}
+	work      sync.WaitGroup // connections and sessions; Add only while not closed
+	idle      chan struct{}  // closed when draining and no session is left; nil before
+}
+
+// The life of a Server: serving ─Drain─▶ draining ─Close─▶ closed.
+type state uint8
+
+const (
+	serving  state = iota
+	draining       // no new connection, session or request
+	closed
+)
+
+// ErrClosed is what Serve returns after Drain or Close.
+var ErrClosed = errors.New("server is closed")
+
+// New returns a Server; Serve starts it.
+func New(cfg Config) (*Server, error) {
+	if err := cfg.fill(); err != nil {
+		return nil, err
+	}
+	if err := checkCiphers(cfg.Ciphers); err != nil {
+		return nil, err
+	}
+	s := &Server{
+		cfg:       cfg,
+		store:     cfg.Store,
+		log:       cfg.Logger,
+		auth:      authenticator{accounts: cfg.Store, log: cfg.Logger},
+		gate:      newGate(cfg.MaxUnauthenticated),
+		listeners: map[net.Listener]struct{}{},
+		conns:     map[*conn]struct{}{},
+		sessions:  map[*session]struct{}{},
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.ssh = s.sshServer()
+	return s, nil
+}
+
+// Serve accepts connections from l until Drain or Close, which close l; then
+// its error is ErrClosed. Several listeners may be served at once.
+func (s *Server) Serve(l net.Listener) error {
+	s.mu.Lock()
+	if s.state != serving {
+		s.mu.Unlock()
+		return errors.Join(ErrClosed, l.Close())
+	}
+	s.listeners[l] = struct{}{}
+	s.mu.Unlock()
+	err := s.accept(l)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.state != serving {
+		return ErrClosed
+	}
+	delete(s.listeners, l)
+	return fmt.Errorf("serve %s: %w", l.Addr(), err)
+}
+
+// Drain takes no new connections, ends sessions that are between two requests,
+// and returns when the others have finished theirs, or with ctx's error.
+// Connections stay open until Close.
+func (s *Server) Drain(ctx context.Context) error {
+	s.mu.Lock()
+	if s.state == serving {
+		s.state = draining
+	}
+	if s.idle == nil {
+		s.idle = make(chan struct{})
+		s.checkIdleLocked()
+	}
+	idle := s.idle
+	s.closeListenersLocked()
+	for c := range s.sessions {
+		c.endIfIdleLocked()
+	}
+	s.mu.Unlock()
+	select {
+	case <-idle:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Close ends everything at once and returns when it has ended.
+func (s *Server) Close() error {
+	s.mu.Lock()
+	s.state = closed
+	s.closeListenersLocked()
+	for c := range s.conns {
+		c.abort()
+	}
+	s.mu.Unlock()
+	s.cancel()
+	s.work.Wait()
+	return nil
+}
+
+func (s *Server) closeListenersLocked() {
+	for l := range s.listeners {
+		if err := l.Close(); err != nil {
+			s.log.Warn("cannot close listener", "addr", l.Addr(), "err", err)
+		}
+		delete(s.listeners, l)
+	}
+}
+
+// checkIdleLocked tells Drain when the last session is gone.
+func (s *Server) checkIdleLocked() {
+	if s.state != serving && s.idle != nil && len(s.sessions) == 0 {
+		select {
+		case <-s.idle:
+		default:
+			close(s.idle)
+		}
+	}
+}
+
+// newSessionID returns a short name for a session that occurs once in a log.
+func (s *Server) newSessionID() string {
+	return strconv.FormatUint(s.nextID.Add(1), 36)
+}
+
+// trustedKeys returns the keys whose signatures can be verified for a client.
+func (s *Server) trustedKeys(c *Client) []nixproto.PublicKey {
+	own, err := nixproto.ParsePublicKey(c.Account.PublicKey)
+	if err != nil {
+		return s.cfg.TrustedKeys
+	}
+	return append(slices.Clip(s.cfg.TrustedKeys), own)
+}
+
+// Sessions returns how many sessions are open.
+func (s *Server) Sessions() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.sessions)
+}

@@ -1,0 +1,99 @@
+package server
+
+import (
+	"io"
+
+	"nbd/nixproto"
+	"nbd/nixproto/nar"
+	"nbd/store"
+)
+
+// maxImport is how many paths of an import stream become valid at once: each
+// waits on disk until then.
+const maxImport = 256
+
+// importPaths takes an import stream, in which each NAR comes before what is
+// known of its path, and without its size.
+func (c *serveConn) importPaths() (nixproto.Response, error) {
+	if err := c.mayWrite(); err != nil {
+		return nil, err
+	}
+	// A stream has no content addresses, so its paths prove nothing.
+	if err := c.Client.require(StoreWrite); err != nil {
+		return nil, err
+	}
+	var waiting []store.Registration
+	defer func() {
+		for _, reg := range waiting {
+			reg.Staged.Discard()
+		}
+	}()
+	for {
+		more, err := nixproto.ReadExportNext(c.r)
+		if err != nil {
+			return nil, err
+		}
+		if len(waiting) == maxImport || !more {
+			if err := c.server.store.Register(c.ctx, c.Client.Account.ID, waiting); err != nil {
+				return nil, err
+			}
+			waiting = nil
+		}
+		if !more {
+			return &nixproto.Done{}, nil
+		}
+		reg, err := c.importPath()
+		if err != nil {
+			return nil, err
+		}
+		waiting = append(waiting, reg)
+	}
+}
+
+// importPath stages one path of an import stream.
+func (c *serveConn) importPath() (_ store.Registration, err error) {
+	staged, err := c.server.store.Stage(c.ctx)
+	if err != nil {
+		return store.Registration{}, err
+	}
+	defer func() {
+		if err != nil {
+			staged.Discard()
+		}
+	}()
+	if err := copyNAR(staged, c.r); err != nil {
+		return store.Registration{}, err
+	}
+	if err := staged.Finish(); err != nil {
+		return store.Registration{}, err
+	}
+	info, err := nixproto.ReadExportInfo(c.r)
+	if err != nil {
+		return store.Registration{}, err
+	}
+	c.Keep(info.Path)
+	return store.Registration{Info: *info, Staged: staged}, nil
+}
+
+// copyNAR copies exactly one NAR, whose end only its own structure tells.
+func copyNAR(w io.Writer, src nixproto.Source) error {
+	p := nar.NewParser(nar.Limits{})
+	for !p.Done() {
+		b, err := src.Peek()
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return err
+		}
+		n, err := p.Feed(b)
+		if err != nil {
+			return refusef("malformed NAR: %v", err)
+		}
+		if _, err := w.Write(b[:n]); err != nil {
+			return err
+		}
+		src.Discard(n)
+	}
+	return nil
+}
