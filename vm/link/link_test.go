@@ -31,7 +31,7 @@ var messages = []Message{
 		Files:   []File{{Name: ".attrs.json", Data: []byte("{}")}},
 		Inputs:  []string{"26xbg1ndr7hbcncrlf9nhx5is2b25d13-busybox"},
 		Outputs: []Output{{Name: "out", Path: "/nix/store/8b5pmbnyr2pqd7whh57s7pk4yj4g0m4c-hello"}},
-		KVM:     true, MaxProcesses: 1000,
+		KVM:     true, MemoryMiB: 2048, MaxProcesses: 1000,
 	},
 	&Outputs{Outputs: []OutputInfo{{Name: "out", Size: 1 << 40, SHA256: make([]byte, 32)}}},
 	&Result{

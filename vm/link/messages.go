@@ -108,7 +108,11 @@ type BuildOrder struct {
 	Outputs []Output
 	// KVM says whether the builder gets /dev/kvm.
 	KVM bool
-	// MaxProcesses bounds the number of processes and threads of the build.
+	// MemoryMiB bounds the memory of the build, page cache included; zero
+	// leaves it all that the guest has but for the agent's.
+	MemoryMiB int
+	// MaxProcesses bounds the number of processes and threads of the build; zero
+	// is no bound.
 	MaxProcesses int
 }
 

@@ -1,0 +1,74 @@
+package guest
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"nbd/vm/link"
+)
+
+// Requests of /dev/random, linux/random.h.
+const (
+	rndAddEntropy = 0x40085203
+	rndReseedCRNG = 0x5207
+)
+
+// wake gives the guest entropy, the time and processors of its own. Time comes
+// after entropy: it is wrong by what happens between the host's look at its
+// clock and here.
+func wake(w *link.Wake) error {
+	if err := reseed(w.Entropy); err != nil {
+		return fmt.Errorf("reseed: %w", err)
+	}
+	now := unix.NsecToTimespec(w.Time)
+	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &now); err != nil {
+		return fmt.Errorf("set time: %w", err)
+	}
+	return onlineCPUs(w.CPUs)
+}
+
+// reseed makes the kernel's generator forget what it shares with the guests
+// that were restored from the same template.
+func reseed(entropy []byte) error {
+	if len(entropy) < link.MinEntropy {
+		return fmt.Errorf("%d bytes of entropy are not enough", len(entropy))
+	}
+	f, err := os.OpenFile("/dev/random", os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	// struct rand_pool_info: bits of entropy, bytes that follow, bytes.
+	info := make([]byte, 8, 8+len(entropy))
+	binary.NativeEndian.PutUint32(info, uint32(8*len(entropy)))
+	binary.NativeEndian.PutUint32(info[4:], uint32(len(entropy)))
+	info = append(info, entropy...)
+	if err := ioctl(f, rndAddEntropy, uintptr(unsafe.Pointer(&info[0]))); err != nil {
+		return fmt.Errorf("add entropy: %w", err)
+	}
+	return ioctl(f, rndReseedCRNG, 0)
+}
+
+// ioctl is for requests that x/sys/unix has no function for.
+func ioctl(f *os.File, request, arg uintptr) error {
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, arg); errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// onlineCPUs brings up processors until n are there; 0 leaves them alone. The
+// host's machine has at least as many, started offline.
+func onlineCPUs(n int) error {
+	for cpu := 1; cpu < n; cpu++ {
+		name := fmt.Sprintf("/sys/devices/system/cpu/cpu%d/online", cpu)
+		if err := os.WriteFile(name, []byte("1"), 0); err != nil {
+			return fmt.Errorf("bring up processor: %w", err)
+		}
+	}
+	return nil
+}
