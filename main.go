@@ -179,7 +179,7 @@ func (c *config) load() error {
 			return
 		}
 		env := "NBD_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
-		if v, ok := os.LookupEnv(env); ok {
+		if v := os.Getenv(env); v != "" {
 			if err := f.Value.Set(v); err != nil {
 				errs = append(errs, fmt.Errorf("environment %s: %w", env, err))
 			}

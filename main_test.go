@@ -1,0 +1,434 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// The scripts of testdata/script drive the program as it ships, with real Nix,
+// ssh and QEMU. Each promise to a user is one script, with a server, a state
+// directory and a port of its own. Beside testscript's commands they have
+//
+//	serve [FLAG...]        start `nbd serve` and wait until it is ready
+//	stop, kill9            end it by SIGTERM (and wait), by SIGKILL
+//	account NAME           make an account NAME with a key of its own
+//	as NAME CMD...         run CMD as a client with that key: ssh reaches the
+//	                       server as `nbd`, Nix's own store is $WORK/NAME
+//	background NAME CMD... the same, without waiting; ended by `interrupt`
+//	interrupt              SIGTERM to what `background` started, and wait
+//	awaitlog TEXT          wait until the server has logged TEXT
+//	nothing-left           fail unless guests, their files and cgroups are gone
+//
+// Guests need a kernel: NBD_TEST_KERNEL names a package or folder that `nbd
+// kernel import` takes. contrib/test sets it.
+
+// within bounds all that a script waits for; guests may be emulated.
+const within = 3 * time.Minute
+
+func TestScripts(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short was asked for: no guests")
+	}
+	base, err := prepareState(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Setup: func(env *testscript.Env) error {
+			s := &script{base: base, work: env.WorkDir}
+			env.Values["script"] = s
+			env.Setenv("PATH", filepath.Dir(base.nbd)+":"+env.Getenv("PATH"))
+			env.Setenv("STATE", filepath.Join(env.WorkDir, "state"))
+			env.Setenv("NIXDIR", base.nixExpressions)
+			env.Setenv("HOME", env.WorkDir)
+			env.Setenv("DEMO", os.Getenv("NBD_TEST_DEMO"))
+			env.Defer(s.end)
+			return base.copyTo(filepath.Join(env.WorkDir, "state"))
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"serve": command((*script).serve), "stop": command((*script).stop), "kill9": command((*script).kill9),
+			"account": command((*script).account), "as": command((*script).as),
+			"background": command((*script).background), "interrupt": command((*script).interrupt),
+			"awaitlog": command((*script).awaitLog), "nothing-left": command((*script).nothingLeft),
+		},
+	})
+}
+
+// A preparedState is what all scripts start from: the program, and a state
+// directory with an imported kernel that was found to boot.
+type preparedState struct {
+	nbd, dir, tools, nixExpressions string
+}
+
+func prepareState(t *testing.T) (*preparedState, error) {
+	kernel := os.Getenv("NBD_TEST_KERNEL")
+	if kernel == "" {
+		return nil, errors.New("NBD_TEST_KERNEL names no kernel for guests; run contrib/test, or see there")
+	}
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return nil, err
+	}
+	expressions, err := filepath.Abs("testdata/nix")
+	if err != nil {
+		return nil, err
+	}
+	tools := filepath.Join(dir, "tools")
+	busybox, err := exec.LookPath("busybox")
+	if err == nil {
+		err = copyFile(filepath.Join(tools, "busybox"), busybox)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("a static busybox is needed (Debian: busybox-static): %w", err)
+	}
+	p := &preparedState{tools: tools, nbd: filepath.Join(dir, "bin", "nbd"), dir: filepath.Join(dir, "state"), nixExpressions: expressions}
+	for _, args := range [][]string{
+		{"go", "build", "-trimpath", "-o", p.nbd, "."},
+		{p.nbd, "kernel", "--state", p.dir, "import", kernel},
+		{p.nbd, "doctor", "--state", p.dir},
+	} {
+		cmd := exec.Command(args[0], args[1:]...)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		out, err := cmd.CombinedOutput()
+		t.Logf("%s\n%s", strings.Join(args, " "), out)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", args, err)
+		}
+	}
+	return p, nil
+}
+
+// copyFile copies a program.
+func copyFile(to, from string) error {
+	b, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(to, b, 0o755)
+}
+
+// copyTo makes a state directory like the prepared one; the kernel's files are
+// links.
+func (p *preparedState) copyTo(dir string) error {
+	return filepath.WalkDir(p.dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(p.dir, path)
+		if err != nil {
+			return err
+		}
+		if e.IsDir() {
+			return os.MkdirAll(filepath.Join(dir, rel), 0o755)
+		}
+		return os.Link(path, filepath.Join(dir, rel))
+	})
+}
+
+// A script is the state of one running script.
+type script struct {
+	base *preparedState
+	work string
+	port string
+
+	server *process
+	client *process
+}
+
+// A process runs beside the script; its output is kept.
+type process struct {
+	cmd  *exec.Cmd
+	done chan struct{} // closed when it has ended
+
+	mu      sync.Mutex // guards what follows
+	output  bytes.Buffer
+	changed chan struct{} // closed and replaced when there is more output
+	err     error         // of its end
+}
+
+// Write implements io.Writer.
+func (p *process) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	close(p.changed)
+	p.changed = make(chan struct{})
+	return p.output.Write(b)
+}
+
+func start(cmd *exec.Cmd) (*process, error) {
+	p := &process{cmd: cmd, done: make(chan struct{}), changed: make(chan struct{})}
+	cmd.Stdout, cmd.Stderr = p, p
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	go func() {
+		err := cmd.Wait()
+		p.mu.Lock()
+		p.err = err
+		p.mu.Unlock()
+		close(p.done)
+	}()
+	return p, nil
+}
+
+func (p *process) text() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.output.String()
+}
+
+// await waits until the process has printed text, or has ended.
+func (p *process) await(text string) error {
+	deadline := time.After(within)
+	for {
+		p.mu.Lock()
+		found, changed := strings.Contains(p.output.String(), text), p.changed
+		p.mu.Unlock()
+		if found {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-p.done:
+			if strings.Contains(p.text(), text) {
+				return nil
+			}
+			return fmt.Errorf("it ended and did not print %q:\n%s", text, p.text())
+		case <-deadline:
+			return fmt.Errorf("it did not print %q:\n%s", text, p.text())
+		}
+	}
+}
+
+// end sends a signal and waits.
+func (p *process) end(sig syscall.Signal) error {
+	if err := p.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	select {
+	case <-p.done:
+		return nil
+	case <-time.After(within):
+		return errors.Join(fmt.Errorf("it does not end on %v", sig), p.cmd.Process.Kill())
+	}
+}
+
+// command makes a method a command of scripts; `! command` expects its error.
+func command(f func(*script, *testscript.TestScript, []string) error) func(*testscript.TestScript, bool, []string) {
+	return func(ts *testscript.TestScript, neg bool, args []string) {
+		err := f(ts.Value("script").(*script), ts, args)
+		switch {
+		case neg && err == nil:
+			ts.Fatalf("unexpected success")
+		case !neg && err != nil:
+			ts.Fatalf("%v", err)
+		}
+	}
+}
+
+// freePort returns a port that was free just now.
+func freePort() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer l.Close()
+	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port), nil
+}
+
+func (s *script) serve(ts *testscript.TestScript, args []string) error {
+	if s.port == "" {
+		port, err := freePort()
+		if err != nil {
+			return err
+		}
+		s.port = port
+		ts.Setenv("PORT", port)
+	}
+	args = append([]string{"serve", "--state", ts.Getenv("STATE"), "--ssh-listen", "127.0.0.1:" + s.port, "--min-free", "16"}, args...)
+	cmd := exec.Command(s.base.nbd, args...)
+	cmd.Dir = s.work
+	p, err := start(cmd)
+	if err != nil {
+		return err
+	}
+	s.server = p
+	return p.await("nbd is ready")
+}
+
+func (s *script) stop(ts *testscript.TestScript, _ []string) error {
+	if err := s.server.end(syscall.SIGTERM); err != nil {
+		return err
+	}
+	ts.Logf("[server]\n%s", s.server.text())
+	return s.server.err
+}
+
+func (s *script) kill9(ts *testscript.TestScript, _ []string) error {
+	err := s.server.end(syscall.SIGKILL)
+	ts.Logf("[server]\n%s", s.server.text())
+	return err
+}
+
+// end stops what the script left running.
+func (s *script) end() {
+	for _, p := range []*process{s.client, s.server} {
+		if p != nil {
+			if err := p.end(syscall.SIGKILL); err != nil {
+				fmt.Fprintln(os.Stderr, "end of script:", err)
+			}
+		}
+	}
+}
+
+func (s *script) account(ts *testscript.TestScript, args []string) error {
+	name := args[0]
+	key := filepath.Join(s.work, "key."+name)
+	for _, cmd := range [][]string{
+		{"ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", key},
+		{s.base.nbd, "admin", "--state", ts.Getenv("STATE"), "account", "add", name, "--ssh-key", key + ".pub"},
+	} {
+		if out, err := exec.Command(cmd[0], cmd[1:]...).CombinedOutput(); err != nil {
+			return fmt.Errorf("%s: %w\n%s", cmd, err, out)
+		}
+	}
+	return s.writeSSH(ts, name, key)
+}
+
+func (s *script) writeSSH(ts *testscript.TestScript, name, key string) error {
+	host, err := os.ReadFile(filepath.Join(ts.Getenv("STATE"), "ssh_host_ed25519_key.pub"))
+	if err != nil {
+		return err
+	}
+	known := filepath.Join(s.work, "known_hosts")
+	if err := os.WriteFile(known, fmt.Appendf(nil, "[127.0.0.1]:%s %s", s.port, host), 0o644); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(s.work, "ssh."+name), fmt.Appendf(nil, `Host nbd
+  HostName 127.0.0.1
+  Port %s
+  User nbd
+  IdentityFile %s
+  IdentitiesOnly yes
+  BatchMode yes
+  StrictHostKeyChecking yes
+  UserKnownHostsFile %s
+`, s.port, key, known), 0o644)
+}
+
+// clientCommand is a command with the key, store and Nix configuration of a
+// client.
+func (s *script) clientCommand(ctx context.Context, ts *testscript.TestScript, args []string) *exec.Cmd {
+	name := args[0]
+	cmd := exec.CommandContext(ctx, args[1], args[2:]...)
+	cmd.Dir = s.work
+	cmd.Env = append(os.Environ(),
+		"HOME="+filepath.Join(s.work, "home."+name),
+		"SSH_CONFIG="+filepath.Join(s.work, "ssh."+name),
+		"NIX_SSHOPTS=-F "+filepath.Join(s.work, "ssh."+name)+" "+ts.Getenv("SSHOPTS"),
+		"WORK="+s.work, "NBD_TEST_TOOLS="+s.base.tools,
+		"NIX_REMOTE="+filepath.Join(s.work, name),
+		"NIX_CONFIG=build-users-group =\nsubstituters =\nexperimental-features = nix-command flakes ca-derivations\n"+
+			"max-jobs = 0\nbuilders = ssh-ng://nbd x86_64-linux,i686-linux - 8 1 big-parallel,benchmark,ca-derivations,gone\n"+ts.Getenv("NIX_EXTRA"))
+	return cmd
+}
+
+func (s *script) as(ts *testscript.TestScript, args []string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), within)
+	defer cancel()
+	cmd := s.clientCommand(ctx, ts, args)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	// testscript's stdout, stderr and cmp read what a command printed last.
+	fmt.Fprint(ts.Stdout(), stdout.String())
+	fmt.Fprint(ts.Stderr(), stderr.String())
+	if err != nil {
+		return fmt.Errorf("%s: %w\n%s", strings.Join(args, " "), err, stderr.String())
+	}
+	return nil
+}
+
+func (s *script) background(ts *testscript.TestScript, args []string) error {
+	p, err := start(s.clientCommand(context.Background(), ts, args))
+	s.client = p
+	return err
+}
+
+func (s *script) interrupt(ts *testscript.TestScript, _ []string) error {
+	err := s.client.end(syscall.SIGTERM)
+	ts.Logf("[client]\n%s", s.client.text())
+	return err
+}
+
+func (s *script) awaitLog(_ *testscript.TestScript, args []string) error {
+	return s.server.await(args[0])
+}
+
+// nothingLeft looks for what a build could leave: its guest's process, the
+// folder with its disks, its cgroup.
+func (s *script) nothingLeft(ts *testscript.TestScript, _ []string) error {
+	state := ts.Getenv("STATE")
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		left, err := leftovers(state)
+		if err != nil || left == "" {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("left behind: %s", left)
+		}
+		time.Sleep(50 * time.Millisecond) // no event tells of a process's end to one who is not its parent
+	}
+}
+
+// leftovers names something that a build left, "" if nothing.
+func leftovers(state string) (string, error) {
+	procs, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		return "", err
+	}
+	for _, p := range procs {
+		line, err := os.ReadFile(p)
+		if err == nil && bytes.Contains(line, []byte("qemu-system")) && bytes.Contains(line, []byte(state)) {
+			return "a QEMU process", nil
+		}
+	}
+	dirs, err := filepath.Glob(filepath.Join(state, "guests", "*"))
+	if err != nil || len(dirs) > 0 {
+		return strings.Join(dirs, " "), err
+	}
+	mounts, err := os.Open("/proc/self/cgroup")
+	if err != nil {
+		return "", err
+	}
+	defer mounts.Close()
+	for lines := bufio.NewScanner(mounts); lines.Scan(); {
+		if strings.Contains(lines.Text(), "nbd/") {
+			return "cgroup " + lines.Text(), nil
+		}
+	}
+	return "", nil
+}
