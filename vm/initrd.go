@@ -173,7 +173,7 @@ func (b *bootFiles) close() error {
 // writes, readable by everybody who has its descriptor, and the hash of its
 // contents.
 func namelessFile(dir string, fill func(io.Writer) error) (_ *os.File, sum string, err error) {
-	f, err := os.CreateTemp(dir, ".boot-*")
+	f, err := os.CreateTemp(dir, bootPrefix)
 	if err != nil {
 		return nil, "", err
 	}
@@ -248,3 +248,6 @@ func findShell(configured string) (string, error) {
 	}
 	return "", &MissingError{What: what, Hint: "Debian: apt install busybox-static; or name one with the setting busybox"}
 }
+
+// bootPrefix starts the names of boot files, which have one for a moment.
+const bootPrefix = "boot-"

@@ -56,9 +56,8 @@ func startProcess(c command) (*process, error) {
 	}
 	if c.group != nil {
 		if err := c.group.add(p.pid()); err != nil {
-			p.kill()
-			<-p.done
-			return nil, err
+			p.stop()
+			return nil, fmt.Errorf("start %s: %w (%s)", c.path, err, p.exit())
 		}
 	}
 	return p, nil

@@ -28,10 +28,17 @@
 package vm
 
 import (
+	"cmp"
 	"context"
 	"errors"
-	"io"
+	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
 )
 
 // Generation counts the changes to the sandbox that can make the same builder
@@ -46,15 +53,16 @@ const DefaultScratchMiB = 50 << 10
 type Config struct {
 	// StateDir holds imported kernels and what was learned by booting. Required.
 	StateDir string
-	// RuntimeDir holds the directories of running guests, with their sockets
-	// and scratch disks; default StateDir/guests.
+	// RuntimeDir holds the scratch disks of running guests, as files without
+	// names; default StateDir/guests.
 	RuntimeDir string
 	// Blobs opens the inputs. Required by Run.
 	Blobs Blobs
 	// QEMU is the path of qemu-system-x86_64; default: searched in PATH.
 	QEMU string
-	// Kernel is the path of a kernel image, the name of an imported kernel, or
-	// "": the newest imported one, else the host's.
+	// Kernel is the path of a kernel image whose modules are in /lib/modules, the
+	// name of an imported kernel, or "": the newest imported one, else the
+	// host's newest.
 	Kernel string
 	// Accel is "kvm", "tcg", or "auto" (default): KVM if a guest really boots
 	// with it.
@@ -115,40 +123,201 @@ type Status struct {
 
 // A Runner runs builds. Its methods are safe for concurrent use.
 type Runner struct {
-	cfg Config
+	cfg     Config
+	qemu    qemu
+	kernel  Kernel
+	shell   string
+	cgroups cgroupFactory // nil if there are none
+	ids     *ids
+	answers *answers
+	// weak are the weaknesses that New found.
+	weak []string
+
+	finding   lock // held by who finds out what guests run on
+	found     atomic.Pointer[platform]
+	templates templates
+	alive     atomic.Int64 // guests
+
+	// life ends with Close, and everything that runs with it.
+	life context.Context
+	end  context.CancelCauseFunc
+
+	mu     sync.Mutex // guards closed and running.Add
+	closed bool
+	// running counts what Close waits for.
+	running sync.WaitGroup
+	old     []*platform // replaced by Qualify; guarded by finding
 }
 
 // New checks cfg and finds what guests need. Missing things are *MissingError.
 // It boots nothing.
-func New(cfg Config) (*Runner, error) { return &Runner{cfg: cfg}, nil }
-
-// Close kills all guests, waits for their Runs and frees the templates.
-func (r *Runner) Close() error { return nil }
-
-// Run runs spec's build in a new guest and returns when nothing of the guest
-// is left. A build that failed is a *BuildError; any other error is transient.
-// Log lines go to log as they come, in the calling goroutine's stead: log must
-// not block for long, it holds up the builder. Outputs arrive in outs before
-// Run returns; after an error the caller drops them.
-//
-// When ctx ends the guest is killed at once and Run returns ctx's error.
-func (r *Runner) Run(ctx context.Context, spec *Spec, log io.Writer, outs Outputs) (*Result, error) {
-	return nil, errors.New("run build: not yet")
+func New(cfg Config) (*Runner, error) {
+	if err := cfg.complete(); err != nil {
+		return nil, err
+	}
+	r := &Runner{cfg: cfg, finding: newLock(), templates: templates{byID: map[string]*templateSlot{}},
+		answers: &answers{path: filepath.Join(cfg.StateDir, qualifiedFile)}}
+	r.life, r.end = context.WithCancelCause(context.Background())
+	var err error
+	if r.qemu, err = findQEMU(r.life, cfg.QEMU); err != nil {
+		return nil, err
+	}
+	if r.kernel, err = findKernel(cfg.StateDir, cfg.Kernel); err != nil {
+		return nil, err
+	}
+	if r.shell, err = findShell(cfg.Busybox); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(cfg.RuntimeDir, 0o700); err != nil {
+		return nil, fmt.Errorf("make folder of guests: %w", err)
+	}
+	if err := sweep(cfg.RuntimeDir); err != nil {
+		return nil, err
+	}
+	if r.ids, err = newIDs(cfg.FirstUID, cfg.UIDs); err != nil {
+		r.weak = append(r.weak, "guests run under the server's own user id: "+err.Error())
+	}
+	if r.cgroups, err = newCgroups(); err != nil {
+		r.weak = append(r.weak, "guests run without a cgroup that bounds their memory: "+err.Error())
+	}
+	return r, nil
 }
 
-// MemoryCostMiB is what a build with that much memory may take of the host's:
-// the build, the guest's kernel and agent, and QEMU.
-func MemoryCostMiB(memoryMiB int) int { return memoryMiB + 448 }
+// complete fills in what is not set and refuses what cannot be.
+func (c *Config) complete() error {
+	switch {
+	case c.StateDir == "":
+		return errors.New("vm: Config.StateDir is not set")
+	case !slices.Contains([]string{"", "auto", "kvm", "tcg"}, c.Accel):
+		return fmt.Errorf("accelerator %q is not one of auto, kvm and tcg", c.Accel)
+	case c.FirstUID < 0 || c.UIDs < 0 || c.MaxOutput < 0:
+		return errors.New("vm: negative number in Config")
+	}
+	c.RuntimeDir = cmp.Or(c.RuntimeDir, filepath.Join(c.StateDir, "guests"))
+	c.FirstUID = cmp.Or(c.FirstUID, 64000)
+	c.UIDs = cmp.Or(c.UIDs, 256)
+	c.MaxOutput = cmp.Or(c.MaxOutput, 64<<30)
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Binary == "" {
+		var err error
+		if c.Binary, err = os.Executable(); err != nil {
+			return fmt.Errorf("find own program: %w", err)
+		}
+	}
+	return nil
+}
+
+// Close kills all guests, waits for their Runs and frees the templates.
+func (r *Runner) Close() error {
+	r.mu.Lock()
+	r.closed = true
+	r.mu.Unlock()
+	r.end(ErrClosed)
+	r.running.Wait()
+	r.templates.close()
+	var errs []error
+	if p := r.found.Swap(nil); p != nil {
+		errs = append(errs, p.boot.close())
+	}
+	for _, p := range r.old {
+		errs = append(errs, p.boot.close())
+	}
+	r.old = nil
+	if r.cgroups != nil {
+		errs = append(errs, r.cgroups.close())
+	}
+	return errors.Join(errs...)
+}
+
+// enter joins ctx with the Runner's life. leave must be called at the end.
+func (r *Runner) enter(ctx context.Context) (_ context.Context, leave func(), err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return nil, nil, ErrClosed
+	}
+	r.running.Add(1)
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(r.life, func() { cancel(ErrClosed) })
+	return ctx, func() { stop(); cancel(nil); r.running.Done() }, nil
+}
 
 // Status tells what is known now, without booting anything.
-func (r *Runner) Status() Status { return Status{} }
+func (r *Runner) Status() Status {
+	s := Status{
+		QEMU: r.qemu.Version, QEMUPath: r.qemu.Path,
+		Kernel: r.kernel.Name, KernelPath: r.kernel.Image, Busybox: r.shell,
+		Guests: int(r.alive.Load()), Weaknesses: slices.Clone(r.weak),
+	}
+	if p := r.found.Load(); p != nil {
+		s.Accel, s.WhyNotKVM, s.CPU, s.Generation = p.accel, p.notKVM, cpuModel(p.accel), p.generation()
+		s.Weaknesses = append(s.Weaknesses, p.warnings()...)
+	}
+	var failures []error
+	s.Templates, failures = r.templates.count()
+	for _, err := range failures {
+		s.Weaknesses = append(s.Weaknesses, "guests boot from cold: "+err.Error())
+	}
+	return s
+}
 
 // Qualify boots a guest with what New found, remembers whether it works and
-// returns the status afterwards. When fresh is false and the answer is
-// remembered, it boots nothing.
-func (r *Runner) Qualify(ctx context.Context, fresh bool) (Status, error) { return r.Status(), nil }
+// returns the status afterwards; an error says that guests do not work at all.
+// When fresh is false and the answer is remembered, it boots nothing.
+func (r *Runner) Qualify(ctx context.Context, fresh bool) (Status, error) {
+	ctx, leave, err := r.enter(ctx)
+	if err != nil {
+		return r.Status(), err
+	}
+	defer leave()
+	p, err := r.qualified(ctx, fresh)
+	if err != nil {
+		return r.Status(), err
+	}
+	if p.accel == "kvm" {
+		return r.Status(), nil // it was booted to be chosen
+	}
+	key, err := p.pairKey(p.accel)
+	if err != nil {
+		return r.Status(), err
+	}
+	known, _, err := r.answers.get(key)
+	if err != nil || known.Works && !fresh {
+		return r.Status(), err
+	}
+	if err := r.bootOnce(ctx, p, p.accel); err != nil {
+		return r.Status(), fmt.Errorf("boot a guest with kernel %s and QEMU %s: %w", p.kernel.Name, p.qemu.Version, err)
+	}
+	return r.Status(), r.answers.put(key, answer{Works: true, When: time.Now()})
+}
+
+// qualified returns the platform, found out anew if fresh.
+func (r *Runner) qualified(ctx context.Context, fresh bool) (*platform, error) {
+	if !fresh {
+		return r.platform(ctx)
+	}
+	if err := r.finding.lock(ctx); err != nil {
+		return nil, err
+	}
+	defer r.finding.unlock()
+	p, err := r.find(ctx, true)
+	if err != nil {
+		return nil, err
+	}
+	if old := r.found.Swap(p); old != nil {
+		r.old = append(r.old, old)
+	}
+	return p, nil
+}
 
 // Generation returns the sandbox generation together with what else can make a
 // failing builder end differently: the shell's hash, CPU model and accelerator.
-// It is "" until the accelerator is known (Qualify).
-func (r *Runner) Generation() string { return "" }
+// It is "" until the accelerator is known (Qualify, Run).
+func (r *Runner) Generation() string {
+	if p := r.found.Load(); p != nil {
+		return p.generation()
+	}
+	return ""
+}

@@ -1,0 +1,520 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"nbd/vm/link"
+)
+
+// Run runs spec's build in a new guest and returns when nothing of the guest
+// is left. A build that failed is a *BuildError; any other error is transient.
+// The log's bytes go to log as they come: log must not block for long, it holds
+// up the builder. Outputs arrive in outs before Run returns; after an error the
+// caller drops them.
+//
+// When ctx ends the guest is killed at once and Run returns ctx's cause.
+func (r *Runner) Run(ctx context.Context, spec *Spec, log io.Writer, outs Outputs) (_ *Result, err error) {
+	if err := spec.check(); err != nil {
+		return nil, err
+	}
+	ctx, leave, err := r.enter(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	p, err := r.platform(ctx)
+	if err != nil {
+		return nil, err
+	}
+	order, err := newBuildOrder(spec)
+	if err != nil {
+		return nil, fmt.Errorf("order build: %w", err)
+	}
+	b := &build{r: r, p: p, spec: spec, order: order, log: log, begun: newDone()}
+	defer func() { err = b.end(ctx, err) }()
+	if err := b.start(ctx, outs); err != nil {
+		return nil, err
+	}
+	return b.run(ctx)
+}
+
+var buildID = regexp.MustCompile(`^[0-9A-Za-z-]{1,64}$`)
+
+// check refuses a Spec that could not be meant.
+func (s *Spec) check() error {
+	switch {
+	case !buildID.MatchString(s.BuildID):
+		return fmt.Errorf("bad build id %.80q", s.BuildID)
+	case s.Drv == nil || len(s.Drv.InputDrvs) > 0:
+		return errors.New("the derivation of a build must be resolved")
+	case s.Cores < 1 || s.MemoryMiB < 1 || s.ScratchMiB < 0:
+		return errors.New("a build needs processors and memory")
+	case s.Timeout < 0 || s.MaxSilent < 0 || s.MaxLog < 0:
+		return errors.New("a limit of a build is negative")
+	case len(s.Outputs) == 0:
+		return errors.New("a build needs outputs")
+	}
+	return nil
+}
+
+// A build is one Run.
+type build struct {
+	r     *Runner
+	p     *platform
+	spec  *Spec
+	order *link.BuildOrder
+	log   io.Writer
+
+	blobs    []Blob
+	disks    guestDisks
+	g        *guestVM
+	restored bool
+
+	// begun is closed by the sink when the first byte of an output arrives,
+	// which is a sign that the builder has ended.
+	begun    chan struct{}
+	arriving activity // of outputs
+
+	result Result
+	pump   *logPump
+}
+
+// start makes the disks and starts the guest. Inputs are laid out while the
+// guest wakes.
+func (b *build) start(ctx context.Context, outs Outputs) error {
+	m, err := b.p.machineFor(b.spec.Cores, b.spec.MemoryMiB)
+	if err != nil {
+		return err
+	}
+	scratch := b.spec.ScratchMiB
+	if scratch == 0 {
+		scratch = DefaultScratchMiB
+	}
+	b.disks = guestDisks{inputs: NewDisk(), scratch: scratch, sink: NewSink(SinkConfig{
+		Outputs: len(b.spec.Outputs),
+		Limit:   b.r.cfg.MaxOutput,
+		Create:  func(i int) (OutputWriter, error) { return b.createOutput(ctx, outs, i) },
+	})}
+	bound := make(chan error, 1)
+	layout, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { bound <- b.bindInputs(layout) }()
+	b.g, err = b.r.startGuest(ctx, b.p, m, b.disks, b.spec)
+	if err != nil {
+		cancel()
+		<-bound // it opens blobs that end closes
+		return err
+	}
+	b.restored, b.result.Booted = b.g.restored, time.Now()
+	return <-bound
+}
+
+// startGuest starts a guest from a template, or else from cold, and wakes it.
+func (r *Runner) startGuest(ctx context.Context, p *platform, m machine, disks guestDisks, spec *Spec) (*guestVM, error) {
+	limit := MemoryCostMiB(spec.MemoryMiB)
+	if r.cfg.ColdBoot {
+		return r.cold(ctx, p, m, disks, spec.Cores, limit)
+	}
+	id := p.templateID(m)
+	t, err := r.templates.get(ctx, id, func() (*template, error) {
+		// A template is made for all: it outlives who asked first.
+		life, leave, err := r.enter(context.Background())
+		if err != nil {
+			return nil, err
+		}
+		defer leave()
+		return r.makeTemplate(life, p, m)
+	})
+	if err == nil {
+		defer t.release()
+		g, err := r.clone(ctx, p, m, t, disks, spec.Cores, limit)
+		if err == nil {
+			g.restored = true
+			return g, nil
+		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		r.templates.drop(id, t)
+		r.cfg.Logger.Warn("guest template dropped, booting from cold", "build", spec.BuildID, "err", err)
+	} else if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	} else {
+		r.cfg.Logger.Warn("no guest template, booting from cold", "build", spec.BuildID, "err", err)
+	}
+	return r.cold(ctx, p, m, disks, spec.Cores, limit)
+}
+
+// createOutput starts the i-th output.
+func (b *build) createOutput(ctx context.Context, outs Outputs, i int) (OutputWriter, error) {
+	if i == 0 {
+		b.arriving.mark()
+		close(b.begun)
+	}
+	w, err := outs.Create(ctx, b.spec.Outputs[i].Name)
+	if err != nil {
+		return nil, fmt.Errorf("store output %s: %w", b.spec.Outputs[i].Name, err)
+	}
+	return &markedWriter{w, &b.arriving}, nil
+}
+
+// A markedWriter notes when bytes arrive.
+type markedWriter struct {
+	OutputWriter
+	at *activity
+}
+
+func (w *markedWriter) Write(p []byte) (int, error) {
+	w.at.mark()
+	return w.OutputWriter.Write(p)
+}
+
+// bindInputs lays the inputs out as a disk.
+func (b *build) bindInputs(ctx context.Context) error {
+	paths := make([]ImagePath, 0, len(b.spec.Inputs))
+	for i := range b.spec.Inputs {
+		in := &b.spec.Inputs[i]
+		blob, err := b.r.cfg.Blobs.Open(ctx, in.NarHash)
+		if err != nil {
+			return fmt.Errorf("open input %s: %w", in.Path, err)
+		}
+		b.blobs = append(b.blobs, blob)
+		index, err := blob.Index()
+		if err != nil {
+			return fmt.Errorf("open input %s: %w", in.Path, err)
+		}
+		paths = append(paths, ImagePath{Path: in.Path, NAR: blob, Size: blob.Size(), Index: index})
+	}
+	image, err := NewImage(paths)
+	if err != nil {
+		return fmt.Errorf("lay out inputs: %w", err)
+	}
+	return b.disks.inputs.Bind(image, image.Size())
+}
+
+// end kills the guest, frees everything and says whose failure err was.
+func (b *build) end(ctx context.Context, err error) error {
+	if b.g != nil {
+		err = b.blame(err)
+		if cerr := b.g.close(); cerr != nil {
+			// The build is not to suffer for it, but an operator wants to know.
+			b.r.cfg.Logger.Error("remove guest", "build", b.spec.BuildID, "err", cerr)
+		}
+	}
+	if b.pump != nil {
+		<-b.pump.done
+	}
+	if b.disks.sink != nil {
+		b.disks.sink.Close()
+	}
+	for _, blob := range b.blobs {
+		if cerr := blob.Close(); cerr != nil {
+			b.r.cfg.Logger.Error("close input", "build", b.spec.BuildID, "err", cerr)
+		}
+	}
+	var failed *BuildError
+	if errors.As(err, &failed) {
+		b.result.Stop, b.result.Produced = later(b.result.Stop, b.result.Start), nil
+		failed.Result = b.result
+		return failed
+	}
+	if err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// blame looks for causes of an error that say more than the error: disks that
+// failed, and memory that ran out on the host.
+func (b *build) blame(err error) error {
+	if err == nil {
+		return nil
+	}
+	if derr := b.disks.inputs.Err(); derr != nil {
+		return derr
+	}
+	if serr := b.disks.sink.Err(); serr != nil {
+		var broke *SinkError
+		var bad *OutputError
+		if errors.As(serr, &broke) || errors.As(serr, &bad) {
+			return &BuildError{Kind: OutputRefused, Message: "the outputs were refused: " + serr.Error()}
+		}
+		return serr
+	}
+	var failed *BuildError
+	if errors.As(err, &failed) {
+		return err
+	}
+	panicked := strings.Contains(strings.Join(b.g.console.lines(20), "\n"), "System is deadlocked on memory")
+	if panicked || b.g.group != nil && b.g.group.outOfMemory() {
+		return &BuildError{Kind: OutOfMemory, Message: b.outOfMemory()}
+	}
+	return err
+}
+
+func (b *build) outOfMemory() string {
+	return fmt.Sprintf("out of memory: the build was allowed %d MiB", b.spec.MemoryMiB)
+}
+
+// run gives the order and follows the build to its end.
+func (b *build) run(ctx context.Context) (*Result, error) {
+	b.pump = startLogPump(b.g.log, b.log, b.spec.MaxLog)
+	if err := b.g.ctl.Send(b.order); err != nil {
+		return nil, b.g.explain(fmt.Errorf("order build: %w", err))
+	}
+	frames := make(chan link.Message)
+	ended := make(chan error, 1)
+	go func() { ended <- b.listen(frames) }()
+	result, sent, err := b.follow(ctx, frames, ended)
+	if err != nil {
+		return nil, err
+	}
+	b.account(result)
+	if err := b.waitForLog(ctx, result.LogBytes); err != nil {
+		return nil, err
+	}
+	if err := b.judge(result); err != nil {
+		return nil, err
+	}
+	return b.deliver(sent)
+}
+
+// listen passes on what the guest says, until it says no more or the guest is
+// closed.
+func (b *build) listen(frames chan<- link.Message) error {
+	for {
+		m, err := b.g.ctl.Receive()
+		if err != nil {
+			return err
+		}
+		select {
+		case frames <- m:
+		case <-b.g.ctx.Done():
+			return context.Cause(b.g.ctx)
+		}
+	}
+}
+
+// follow waits for the result of the build, and the outputs that were sent
+// before it.
+func (b *build) follow(ctx context.Context, frames <-chan link.Message, ended <-chan error) (*link.Result, *link.Outputs, error) {
+	w := newWatch(b.g.machine.accel, b.spec, time.Now())
+	var sent *link.Outputs
+	begun := b.begun
+	for {
+		w.active = later(w.active, b.pump.get())
+		if w.phase == phaseSending {
+			w.active = later(w.active, b.arriving.get())
+		}
+		next := w.next()
+		if !time.Now().Before(next.at) {
+			b.result.Stop = time.Now()
+			return nil, nil, b.late(next.err)
+		}
+		timer := time.NewTimer(time.Until(next.at))
+		_, pumped, logMoved := b.pump.state()
+		if errors.Is(pumped, errLogLimit) {
+			b.result.Stop = time.Now()
+			return nil, nil, &BuildError{Kind: LogLimit, Message: fmt.Sprintf("the build's log is longer than %d bytes", b.spec.MaxLog)}
+		} else if isWriteError(pumped) {
+			return nil, nil, pumped
+		}
+		select {
+		case m := <-frames:
+			w.beat = time.Now()
+			switch m := m.(type) {
+			case *link.Beat:
+			case *link.Started:
+				w.enter(phaseRunning, w.beat)
+				b.result.Start = w.beat
+			case *link.Outputs:
+				w.enter(phaseSending, w.beat)
+				sent = m
+			case *link.Result:
+				if b.result.Stop.IsZero() {
+					b.result.Stop = w.beat
+				}
+				return m, sent, nil
+			default:
+				return nil, nil, fmt.Errorf("the guest's agent said %T out of turn", m)
+			}
+		case <-begun:
+			begun = nil
+			b.result.Stop = time.Now()
+			w.enter(phaseSending, b.result.Stop)
+		case <-logMoved:
+		case e, ok := <-b.g.qmp.events:
+			err := event(e)
+			if !ok {
+				err = fmt.Errorf("the guest ended without a result: %w", b.g.qmp.err)
+			}
+			if err != nil {
+				return nil, nil, b.g.explain(err)
+			}
+		case <-b.disks.inputs.Failed():
+			return nil, nil, b.disks.inputs.Err()
+		case <-b.disks.sink.Failed():
+			return nil, nil, b.disks.sink.Err()
+		case err := <-ended:
+			return nil, nil, b.g.explain(fmt.Errorf("the guest ended without a result: %w", err))
+		case <-timer.C:
+		case <-ctx.Done():
+			return nil, nil, context.Cause(ctx)
+		}
+		timer.Stop()
+	}
+}
+
+// late adds to a passed limit what QEMU says of the guest, if it is our failure.
+func (b *build) late(err error) error {
+	var failed *BuildError
+	if errors.As(err, &failed) {
+		return err
+	}
+	var status struct {
+		Status string `json:"status"`
+	}
+	ctx, stop := context.WithTimeout(b.g.ctx, 5*time.Second)
+	defer stop()
+	if qerr := b.g.qmp.do(ctx, "query-status", nil, nil, &status); qerr != nil {
+		return b.g.explain(fmt.Errorf("%w; %w", err, qerr))
+	}
+	return b.g.explain(fmt.Errorf("%w; QEMU says that it is %q", err, status.Status))
+}
+
+// event returns an error if what happened ends the guest.
+func event(e qmpEvent) error {
+	switch e.Name {
+	case "GUEST_PANICKED":
+		return errors.New("the guest's kernel panicked")
+	case "BLOCK_IO_ERROR":
+		if e.Data.NoSpace {
+			return errors.New("the disk of the host is full: a guest cannot write to its scratch disk")
+		}
+		// Disks that we serve tell by themselves, after this event.
+	case "SHUTDOWN", "RESET":
+		return fmt.Errorf("the guest ended by itself (%s)", e.Data.Reason)
+	case "STOP":
+		return errors.New("the guest stopped running")
+	}
+	return nil
+}
+
+// account takes over what the guest has counted.
+func (b *build) account(res *link.Result) {
+	b.result.CPUUser, b.result.CPUSystem = res.CPUUser, res.CPUSystem
+	b.result.PeakMemory, b.result.PeakScratch = res.PeakMemory, res.ScratchUsed
+	b.result.Restored = b.restored
+}
+
+// waitForLog waits until the pump has copied as much as the guest has written.
+func (b *build) waitForLog(ctx context.Context, size int64) error {
+	deadline := time.NewTimer(patience(b.g.machine.accel, logPatience))
+	defer deadline.Stop()
+	for {
+		copied, err, moved := b.pump.state()
+		switch {
+		case errors.Is(err, errLogLimit):
+			return &BuildError{Kind: LogLimit, Message: fmt.Sprintf("the build's log is longer than %d bytes", b.spec.MaxLog)}
+		case isWriteError(err):
+			return err
+		case copied >= size:
+			return nil
+		case err != nil:
+			return b.g.explain(fmt.Errorf("the guest ended before its log was complete: %w", err))
+		}
+		select {
+		case <-moved:
+		case <-deadline.C:
+			return errors.New("the rest of the build's log did not arrive in time")
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// judge returns the failure that a result tells of. A run that was starved, or
+// whose disks failed, counts as that whatever its builder's exit status: it must
+// not become a truth about the build.
+func (b *build) judge(res *link.Result) error {
+	switch {
+	case res.Kind == link.Internal:
+		return b.g.explain(errors.New("the guest's agent failed: " + res.Message))
+	case res.Kind == link.Cancelled:
+		return errors.New("the guest's agent gave up the build")
+	case res.IOErrors:
+		return b.g.explain(errors.New("a disk failed under the build"))
+	case res.OOMKills > 0:
+		return &BuildError{Kind: OutOfMemory, ExitStatus: res.ExitStatus, Signal: res.Signal, Message: b.outOfMemory()}
+	case res.DiskFull:
+		return &BuildError{Kind: NoSpace, ExitStatus: res.ExitStatus, Signal: res.Signal,
+			Message: fmt.Sprintf("no space left: the build's disk has %d MiB", b.disks.scratch)}
+	case res.ProcessLimit > 0:
+		return &BuildError{Kind: ProcessLimit, ExitStatus: res.ExitStatus, Signal: res.Signal,
+			Message: fmt.Sprintf("too many processes: the build is allowed %d", b.order.MaxProcesses)}
+	}
+	switch res.Kind {
+	case link.OutputMissing:
+		return &BuildError{Kind: OutputMissing, Message: res.Message}
+	case link.OutputRefused:
+		return &BuildError{Kind: OutputRefused, Message: res.Message}
+	case link.Signaled:
+		return &BuildError{Kind: Failed, Signal: res.Signal, Message: fmt.Sprintf("builder failed due to signal %d", res.Signal)}
+	case link.Exited:
+		if res.ExitStatus != 0 {
+			return &BuildError{Kind: Failed, ExitStatus: res.ExitStatus, Message: fmt.Sprintf("builder failed with exit code %d", res.ExitStatus)}
+		}
+		return nil
+	}
+	return fmt.Errorf("the guest's agent told an unknown end %.40q", res.Kind)
+}
+
+// deliver checks that all outputs have arrived whole.
+func (b *build) deliver(sent *link.Outputs) (*Result, error) {
+	if sent == nil {
+		return nil, errors.New("the guest's agent told of success without outputs")
+	}
+	if err := b.disks.sink.Err(); err != nil {
+		return nil, err
+	}
+	sizes := b.disks.sink.Sizes()
+	var told []int64
+	for i, o := range sent.Outputs {
+		if i >= len(b.spec.Outputs) || o.Name != b.spec.Outputs[i].Name {
+			return nil, fmt.Errorf("the guest's agent told of an output %.80q that is not the build's", o.Name)
+		}
+		told = append(told, o.Size)
+		b.result.Produced = append(b.result.Produced, o.Name)
+		b.result.Sums = append(b.result.Sums, o.SHA256)
+	}
+	if len(told) != len(b.spec.Outputs) || !slices.Equal(sizes, told) {
+		return nil, fmt.Errorf("the outputs did not arrive whole: %d bytes of %d", sizes, told)
+	}
+	return &b.result, nil
+}
+
+// newBuildOrder is a stand-in.
+func newBuildOrder(spec *Spec) (*link.BuildOrder, error) {
+	o := &link.BuildOrder{DrvPath: string(spec.DrvPath), System: spec.Drv.System, Builder: spec.Drv.Builder, MemoryMiB: spec.MemoryMiB, MaxProcesses: 4096}
+	o.Args = append(o.Args, []byte(spec.Drv.Builder))
+	for _, a := range spec.Drv.Args {
+		o.Args = append(o.Args, []byte(a))
+	}
+	for k, v := range spec.Drv.Env {
+		o.Env = append(o.Env, []byte(k+"="+v))
+	}
+	for _, in := range spec.Inputs {
+		o.Inputs = append(o.Inputs, in.Path.Base())
+	}
+	for _, out := range spec.Outputs {
+		o.Outputs = append(o.Outputs, link.Output{Name: out.Name, Path: string(out.Path)})
+	}
+	return o, nil
+}

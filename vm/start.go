@@ -1,0 +1,369 @@
+package vm
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nbd/vm/link"
+)
+
+// How long things may take before a guest is given up, with hardware; emulated
+// guests get patienceTCG times as long.
+const (
+	bootPatience = 30 * time.Second // from start to hello, and restore to awake
+	beatPatience = 6 * link.BeatInterval
+	patienceTCG  = 10
+)
+
+// patience scales a time for an accelerator.
+func patience(accel string, d time.Duration) time.Duration {
+	if accel == "tcg" {
+		return patienceTCG * d
+	}
+	return d
+}
+
+// guestCount makes the names of cgroups unique in this process.
+var guestCount atomic.Int64
+
+// errGuestEnded is why a guest's waits end when QEMU does.
+var errGuestEnded = errors.New("the guest ended by itself")
+
+// A guestVM is one running QEMU with what the host holds of it. Its context ends,
+// and QEMU with it, when the caller's ends, when QEMU ends, or by close.
+type guestVM struct {
+	ctx     context.Context
+	cancel  context.CancelCauseFunc
+	machine machine
+
+	proc    *process
+	console *console
+	group   cgroup // nil if there are none
+	qmp     *qmp
+	ctl     *link.Conn
+	log     net.Conn
+	// restored reports that it came from a template.
+	restored bool
+
+	cleanup []func() error // in reverse order
+}
+
+// guestDisks are the disks of a guest; scratch is the size of the scratch disk in MiB, zero for
+// one that nobody mounts.
+type guestDisks struct {
+	inputs  *Disk
+	sink    *Sink
+	scratch int
+}
+
+// launch starts QEMU with its sockets, up to and including the QMP handshake. The
+// guest must be closed.
+func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, ram *os.File, disks guestDisks, limitMiB int) (_ *guestVM, err error) {
+	g := &guestVM{machine: m, console: new(console)}
+	g.ctx, g.cancel = context.WithCancelCause(ctx)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, g.close())
+		}
+	}()
+	id, release, err := r.ids.take()
+	if err != nil {
+		return nil, err
+	}
+	g.cleanup = append(g.cleanup, func() error { release(); return nil })
+	r.alive.Add(1)
+	g.cleanup = append(g.cleanup, func() error { r.alive.Add(-1); return nil })
+	if err := g.enterGroup(p.cgroups, limitMiB); err != nil {
+		return nil, err
+	}
+	scratch, err := r.scratchFile(disks.scratch, id)
+	if err != nil {
+		return nil, err
+	}
+	files := []*os.File{ram, p.boot.kernel, p.boot.initrd, scratch}
+	defer scratch.Close()
+	ends, theirs, err := socketPairs(fdSink - fdQMP + 1)
+	if err != nil {
+		return nil, err
+	}
+	defer closeAll(theirs)
+	g.serve(ends, disks, r.cfg.Logger)
+	gid := id
+	if m.accel == "kvm" && id >= 0 {
+		gid = kvmGroup(id)
+	}
+	g.proc, err = startProcess(command{
+		path: p.qemu.Path, args: arguments(m, how), files: append(files, theirs...),
+		uid: id, gid: gid, group: g.group, output: g.console,
+	})
+	if err != nil {
+		ends[0].Close()
+		return nil, fmt.Errorf("%w%s", err, g.console.summary())
+	}
+	// What waits for the guest stops waiting when QEMU ends, and QEMU ends when
+	// the caller does not want it any more.
+	go func() {
+		select {
+		case <-g.proc.done:
+			g.cancel(errGuestEnded)
+		case <-g.ctx.Done():
+			g.proc.kill()
+		}
+	}()
+	closeAll(theirs)
+	g.qmp, err = newQMP(g.ctx, ends[0].(*net.UnixConn))
+	if err != nil {
+		return nil, g.explain(fmt.Errorf("talk to QEMU: %w", err))
+	}
+	g.cleanup = append(g.cleanup, func() error { g.qmp.close(); return nil })
+	return g, nil
+}
+
+// enterGroup makes the guest's cgroup.
+func (g *guestVM) enterGroup(f cgroupFactory, limitMiB int) error {
+	if f == nil {
+		return nil
+	}
+	group, err := f.create(fmt.Sprintf("nbd-%d-%d", os.Getpid(), guestCount.Add(1)), limitMiB)
+	if err != nil {
+		return err
+	}
+	g.group = group
+	g.cleanup = append(g.cleanup, group.destroy)
+	return nil
+}
+
+// serve connects the host's ends of a guest's sockets, in the order of their
+// descriptors.
+func (g *guestVM) serve(ends []net.Conn, disks guestDisks, logger *slog.Logger) {
+	at := func(fd int) net.Conn { return ends[fd-fdQMP] }
+	g.ctl, g.log = link.Host(at(fdControl)), at(fdLog)
+	in := disks.inputs.Serve(oneConn(at(fdInputs)), logger)
+	out := disks.sink.Serve(oneConn(at(fdSink)), logger)
+	g.cleanup = append(g.cleanup, at(fdControl).Close, at(fdLog).Close, in.Close, out.Close)
+}
+
+// close kills the guest, waits until nothing of it is left and returns what
+// could not be removed.
+func (g *guestVM) close() error {
+	g.cancel(context.Canceled)
+	if g.proc != nil {
+		g.proc.stop()
+	}
+	var errs []error
+	for i := len(g.cleanup) - 1; i >= 0; i-- {
+		errs = append(errs, g.cleanup[i]())
+	}
+	g.cleanup = nil
+	return errors.Join(errs...)
+}
+
+// explain adds to an error what is known of the guest's end.
+func (g *guestVM) explain(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, errQMPClosed) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
+		// QEMU's sockets close a moment before it has ended.
+		select {
+		case <-g.proc.done:
+		case <-time.After(2 * time.Second):
+		}
+	}
+	select {
+	case <-g.proc.done:
+		return fmt.Errorf("%w (QEMU: %s%s)", err, g.proc.exit(), g.console.summary())
+	default:
+		return fmt.Errorf("%w%s", err, g.console.summary())
+	}
+}
+
+// receive waits for a message of the guest.
+func (g *guestVM) receive(ctx context.Context) (link.Message, error) {
+	type received struct {
+		m   link.Message
+		err error
+	}
+	got := make(chan received, 1)
+	go func() {
+		m, err := g.ctl.Receive()
+		got <- received{m, err}
+	}()
+	select {
+	case r := <-got:
+		return r.m, r.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// hello waits until a guest has booted.
+func (g *guestVM) hello(ctx context.Context) (*link.Hello, error) {
+	ctx, stop := g.within(ctx, bootPatience, "the guest did not boot in time")
+	defer stop()
+	m, err := g.receive(ctx)
+	if err != nil {
+		return nil, g.explain(fmt.Errorf("boot guest: %w", err))
+	}
+	h, ok := m.(*link.Hello)
+	if !ok || h.Version != link.Version {
+		return nil, fmt.Errorf("boot guest: its agent said %T and not hello", m)
+	}
+	return h, nil
+}
+
+// wake gives the guest what it must not share with its siblings.
+func (g *guestVM) wake(ctx context.Context, cpus int) error {
+	ctx, stop := g.within(ctx, bootPatience, "the guest did not wake in time")
+	defer stop()
+	w := &link.Wake{Entropy: make([]byte, link.MinEntropy), CPUs: cpus}
+	rand.Read(w.Entropy)
+	w.Time = time.Now().UnixNano()
+	if err := g.ctl.Send(w); err != nil {
+		return g.explain(fmt.Errorf("wake guest: %w", err))
+	}
+	m, err := g.receive(ctx)
+	if err != nil {
+		return g.explain(fmt.Errorf("wake guest: %w", err))
+	}
+	if _, ok := m.(*link.Awake); !ok {
+		return fmt.Errorf("wake guest: its agent said %T and not awake", m)
+	}
+	return nil
+}
+
+// within bounds a wait for the guest, and ends it with the guest.
+func (g *guestVM) within(ctx context.Context, d time.Duration, late string) (context.Context, func()) {
+	ctx, end := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(g.ctx, func() { end(context.Cause(g.ctx)) })
+	ctx, cancel := context.WithTimeoutCause(ctx, patience(g.machine.accel, d), errors.New(late))
+	return ctx, func() { stop(); cancel(); end(nil) }
+}
+
+// restore fills a guest that was started as a clone and lets it run.
+func (g *guestVM) restore(ctx context.Context, state *os.File) error {
+	if _, err := state.Seek(0, 0); err != nil {
+		return fmt.Errorf("read saved guest: %w", err)
+	}
+	ctx, stop := g.within(ctx, bootPatience, "the guest was not restored in time")
+	defer stop()
+	if err := g.qmp.migrate(ctx, "migrate-incoming", state); err != nil {
+		return g.explain(fmt.Errorf("restore guest: %w", err))
+	}
+	if err := g.qmp.do(ctx, "cont", nil, nil, nil); err != nil {
+		return g.explain(fmt.Errorf("restore guest: %w", err))
+	}
+	return nil
+}
+
+// scratchFile makes the scratch disk of a guest. The file has no name when it
+// returns, so that nothing is left of it when it is closed. A guest that is to
+// be saved gets one of the largest size without a file system: clones see its
+// size, and a file system in them may be smaller.
+func (r *Runner) scratchFile(sizeMiB, uid int) (_ *os.File, err error) {
+	dir, err := os.MkdirTemp(r.cfg.RuntimeDir, scratchPrefix)
+	if err != nil {
+		return nil, fmt.Errorf("make scratch disk: %w", err)
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	path := filepath.Join(dir, "disk")
+	if sizeMiB > 0 {
+		if _, err := NewScratch(path, sizeMiB); err != nil {
+			return nil, err
+		}
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("make scratch disk: %w", err)
+	}
+	if sizeMiB == 0 {
+		err = f.Truncate(DiskSize)
+	}
+	if err == nil && uid >= 0 {
+		err = f.Chown(uid, uid)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("make scratch disk: %w", err), f.Close())
+	}
+	return f, nil
+}
+
+// socketPairs makes n connected pairs of sockets. The first of each is the
+// host's.
+func socketPairs(n int) (ours []net.Conn, theirs []*os.File, err error) {
+	defer func() {
+		if err != nil {
+			closeAll(theirs)
+			closeAll(ours)
+		}
+	}()
+	for range n {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return ours, theirs, fmt.Errorf("make socket: %w", err)
+		}
+		theirs = append(theirs, os.NewFile(uintptr(fds[1]), "guest"))
+		host := os.NewFile(uintptr(fds[0]), "host")
+		conn, err := net.FileConn(host) // a duplicate
+		host.Close()
+		if err != nil {
+			return ours, theirs, fmt.Errorf("make socket: %w", err)
+		}
+		ours = append(ours, conn)
+	}
+	return ours, theirs, nil
+}
+
+func closeAll[T interface{ Close() error }](all []T) {
+	for _, c := range all {
+		// Sockets and duplicates of descriptors: there is nothing to lose, and
+		// some were closed before.
+		_ = c.Close()
+	}
+}
+
+// A connListener hands out one connection, and then waits to be closed.
+type connListener struct {
+	conn   chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func oneConn(c net.Conn) net.Listener {
+	l := &connListener{conn: make(chan net.Conn, 1), closed: make(chan struct{})}
+	l.conn <- c
+	return l
+}
+
+func (l *connListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conn:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *connListener) Close() error {
+	l.once.Do(func() {
+		close(l.closed)
+		select {
+		case c := <-l.conn:
+			c.Close()
+		default:
+		}
+	})
+	return nil
+}
+
+func (l *connListener) Addr() net.Addr { return &net.UnixAddr{Name: "socketpair", Net: "unix"} }

@@ -1,0 +1,67 @@
+package vm
+
+import (
+	"os"
+	"strings"
+	"time"
+)
+
+// Emulated guests read the host's time stamp counter. A guest kernel that is
+// told its frequency need not find it out, which takes most of a second; one
+// that is told a wrong frequency finds out all the same, mistrusts the counter
+// and uses a slow clock for the rest of its life.
+
+// tscFrequency measures the frequency of the host's counter in kHz. It returns
+// 0 when the host does not vouch for the counter, or when measurements do not
+// agree to one part in 2,000.
+func tscFrequency() int {
+	cpuinfo, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil || !hasFlag(string(cpuinfo), "constant_tsc") || !hasFlag(string(cpuinfo), "nonstop_tsc") {
+		return 0
+	}
+	var kHz [3]float64
+	for i := range kHz {
+		start, from := time.Now(), rdtsc()
+		time.Sleep(15 * time.Millisecond)
+		ticks, passed := rdtsc()-from, time.Since(start)
+		kHz[i] = float64(ticks) / (float64(passed) / float64(time.Millisecond))
+	}
+	return agree(kHz[:], 0.0005)
+}
+
+// agree returns the mean of values that differ by no more than the given part
+// of it, 0 otherwise.
+func agree(values []float64, part float64) int {
+	low, high, sum := values[0], values[0], 0.0
+	for _, v := range values {
+		low, high, sum = min(low, v), max(high, v), sum+v
+	}
+	mean := sum / float64(len(values))
+	if mean <= 0 || high-low > mean*part {
+		return 0
+	}
+	return int(mean + 0.5)
+}
+
+// hasFlag reports whether /proc/cpuinfo lists a flag for the first processor.
+func hasFlag(cpuinfo, flag string) bool {
+	_, rest, _ := strings.Cut(cpuinfo, "\nflags")
+	line, _, _ := strings.Cut(rest, "\n")
+	for _, f := range strings.Fields(line) {
+		if f == flag {
+			return true
+		}
+	}
+	return false
+}
+
+// cpuName returns the host's processor model as /proc/cpuinfo tells it.
+func cpuName() string {
+	cpuinfo, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return "unknown"
+	}
+	_, rest, _ := strings.Cut(string(cpuinfo), "model name")
+	line, _, _ := strings.Cut(rest, "\n")
+	return strings.TrimSpace(strings.TrimLeft(line, "\t :"))
+}
