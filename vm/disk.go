@@ -69,12 +69,8 @@ func (d *Disk) read(p []byte, off int64) error {
 	have := 0
 	if c != nil && off < c.size {
 		have = int(min(int64(len(p)), c.size-off))
-		// io.ReaderAt may return io.EOF beside the last bytes.
-		if n, err := c.src.ReadAt(p[:have], off); n < have {
-			if err == nil || err == io.EOF {
-				err = io.ErrUnexpectedEOF
-			}
-			err = fmt.Errorf("read input disk: %d bytes at %d: %w", have, off, err)
+		if err := readFull(c.src, p[:have], off); err != nil {
+			err = fmt.Errorf("read input disk: %w", err)
 			d.failure.set(err)
 			return err
 		}

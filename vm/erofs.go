@@ -1,35 +1,123 @@
 package vm
 
 import (
-	"io"
-
-	"nbd/nixproto"
-	"nbd/nixproto/nar"
+	"encoding/binary"
+	"hash/crc32"
 )
 
-// An ImagePath is one store path of an Image.
-type ImagePath struct {
-	Path nixproto.StorePath
-	// NAR holds the path's archive, of Size bytes. It stays open as long as the
-	// Image is read.
-	NAR  io.ReaderAt
-	Size int64
-	// Index is the archive's. It is not used after NewImage.
-	Index nar.Index
+// The on-disk format of EROFS, as far as an Image needs it: the superblock,
+// compact and extended inodes, directory entries; the layouts "flat plain" and
+// "flat inline". It is specified by https://docs.kernel.org/filesystems/erofs.html
+// and fs/erofs/erofs_fs.h of Linux 6.1. All numbers are little endian.
+
+const (
+	erofsBlock       = 4096 // bytes, and the log below
+	erofsBlockLog    = 12
+	erofsMagic       = 0xe0f5e1e2
+	erofsSuperOffset = 1024
+	erofsSuperSize   = 128
+
+	// Features that old kernels may ignore: the superblock has a checksum, and
+	// its build time stands for modification times.
+	erofsChecksum = 1 << 0
+	erofsMtime    = 1 << 1
+
+	// erofsSlot is the unit of inode numbers ("nid"): an inode's place is its
+	// number times erofsSlot.
+	erofsSlot        = 32
+	erofsCompactSize = 1 * erofsSlot
+	erofsExtendSize  = 2 * erofsSlot
+
+	erofsDirentSize = 12
+	erofsMaxName    = 255
+	erofsMaxTarget  = 4095 // of a symbolic link
+
+	// erofsTime is the modification time of everything in a store.
+	erofsTime = 1
+)
+
+// Layouts of an inode's data.
+const (
+	erofsPlain  = 0 // in whole blocks
+	erofsInline = 2 // directly after the inode
+)
+
+// Types of files in directory entries.
+const (
+	erofsTypeFile    = 1
+	erofsTypeDir     = 2
+	erofsTypeSymlink = 7
+)
+
+// Types and permissions of files in inodes: what Nix sees in a store.
+const (
+	erofsModeFile       = 0o100444
+	erofsModeExecutable = 0o100555
+	erofsModeDir        = 0o040555
+	erofsModeSymlink    = 0o120777
+)
+
+// An erofsInode is one inode. Owner and group are always 0, the time is that
+// of the superblock.
+type erofsInode struct {
+	mode   uint16
+	layout uint16
+	links  uint32
+	size   int64
+	block  uint32 // first block of the data, if any is in blocks
+	ino    uint32 // the number that 32 bit programs see
 }
 
-// An Image is a read-only EROFS file system whose root directory holds store
-// paths by their base names. It implements io.ReaderAt.
-type Image struct{}
+// extended reports whether the inode does not fit into the compact form.
+func (n *erofsInode) extended() bool { return n.size > 1<<32-1 || n.links > 1<<16-1 }
 
-// NewImage lays out the file system of the given paths, in any order.
-func NewImage(paths []ImagePath) (*Image, error) { return &Image{}, nil }
+// len returns the number of bytes that put writes.
+func (n *erofsInode) len() int {
+	if n.extended() {
+		return erofsExtendSize
+	}
+	return erofsCompactSize
+}
 
-// Size returns the length of the image in bytes, a multiple of 4096.
-func (m *Image) Size() int64 { return 0 }
+// put writes the inode to b, which is zero.
+func (n *erofsInode) put(b []byte) {
+	le := binary.LittleEndian
+	le.PutUint16(b[4:], n.mode)
+	le.PutUint32(b[16:], n.block)
+	le.PutUint32(b[20:], n.ino)
+	if !n.extended() {
+		le.PutUint16(b[0:], n.layout<<1)
+		le.PutUint16(b[6:], uint16(n.links))
+		le.PutUint32(b[8:], uint32(n.size))
+		return
+	}
+	le.PutUint16(b[0:], n.layout<<1|1)
+	le.PutUint64(b[8:], uint64(n.size))
+	le.PutUint64(b[32:], erofsTime)
+	le.PutUint32(b[44:], n.links)
+}
 
-// Inodes returns the number of files, directories and links.
-func (m *Image) Inodes() int { return 0 }
+// putErofsDirent writes a directory entry to b; its name lies nameOff bytes
+// after the beginning of the directory block.
+func putErofsDirent(b []byte, nid uint64, nameOff int, fileType byte) {
+	binary.LittleEndian.PutUint64(b, nid)
+	binary.LittleEndian.PutUint16(b[8:], uint16(nameOff))
+	b[10] = fileType
+}
 
-// ReadAt implements io.ReaderAt.
-func (m *Image) ReadAt(p []byte, off int64) (int, error) { return 0, io.EOF }
+// putErofsSuper writes the superblock into block 0. The rest of the block must
+// be final: the checksum covers it.
+func putErofsSuper(block0 []byte, root uint16, inodes uint64, blocks uint32) {
+	b := block0[erofsSuperOffset:erofsBlock]
+	le := binary.LittleEndian
+	le.PutUint32(b[0:], erofsMagic)
+	le.PutUint32(b[8:], erofsChecksum|erofsMtime)
+	b[12] = erofsBlockLog
+	le.PutUint16(b[14:], root)
+	le.PutUint64(b[16:], inodes)
+	le.PutUint64(b[24:], erofsTime)
+	le.PutUint32(b[36:], blocks)
+	// The checksum is computed with zero in its own place, and is not inverted
+	// at the end, unlike crc32.Checksum.
+	le.PutUint32(b[4:], ^crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
+}
