@@ -1,8 +1,7 @@
 # NixOS module for nbd. In configuration.nix:
 #
 #   imports = [ ./nbd/contrib/nixos.nix ];
-#   services.nbd.enable = true;
-#   services.nbd.package = pkgs.callPackage ./nbd/contrib/package.nix { };
+#   services.nbd = { enable = true; package = /* what has bin/nbd */; };
 { config, lib, pkgs, ... }:
 let
   cfg = config.services.nbd;

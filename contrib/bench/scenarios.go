@@ -1,0 +1,220 @@
+package main
+
+import (
+	"crypto/rand"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// A bench has the amounts, and the clients' stores with what they upload.
+type bench struct {
+	dir          string
+	small        int   // paths
+	big          int64 // bytes
+	graph        int   // derivations
+	rounds, idle int
+
+	store     string // the client's
+	tools     string
+	bigPaths  []string // one for each round, so that none is there already
+	smallSets [][]string
+}
+
+// A scenario prepares on a machine, and returns what is measured.
+type scenario struct {
+	name    string
+	prepare func(b *bench, m *machine, round int) (func() error, error)
+}
+
+func (b *bench) scenarios() []scenario {
+	return []scenario{
+		{fmt.Sprintf("upload of one path of %d MiB", b.big>>20), func(b *bench, m *machine, round int) (func() error, error) {
+			return b.upload(m, "ssh-ng", b.bigPaths[round:round+1]), nil
+		}},
+		{"the same, ssh://", func(b *bench, m *machine, round int) (func() error, error) {
+			return b.upload(m, "ssh", b.bigPaths[b.rounds+round:b.rounds+round+1]), nil
+		}},
+		{fmt.Sprintf("download of one path of %d MiB", b.big>>20), func(b *bench, m *machine, round int) (func() error, error) {
+			return b.download(m, b.bigPaths[round:round+1])
+		}},
+		{fmt.Sprintf("upload of %d small paths", b.small), func(b *bench, m *machine, round int) (func() error, error) {
+			return b.upload(m, "ssh-ng", b.smallSets[round]), nil
+		}},
+		{"the same, ssh://", func(b *bench, m *machine, round int) (func() error, error) {
+			return b.upload(m, "ssh", b.smallSets[b.rounds+round]), nil
+		}},
+		{fmt.Sprintf("download of %d small paths", b.small), func(b *bench, m *machine, round int) (func() error, error) {
+			return b.download(m, b.smallSets[round])
+		}},
+		{fmt.Sprintf("what is known of %d valid paths", b.small), func(b *bench, m *machine, round int) (func() error, error) {
+			return func() error {
+				_, err := m.nix(b.store, append([]string{"nix", "path-info", "--json", "--store", "ssh-ng://bench"}, b.smallSets[0]...)...)
+				return err
+			}, nil
+		}},
+		{"no-op build through the hook", noopBuild},
+		{"already built, through the hook", alreadyBuilt},
+		{fmt.Sprintf("%d tiny derivations in one graph", b.graph), tinyGraph},
+	}
+}
+
+func (b *bench) upload(m *machine, scheme string, paths []string) func() error {
+	return func() error {
+		_, err := m.nix(b.store, append([]string{"nix", "copy", "--no-check-sigs", "--to", scheme + "://bench"}, paths...)...)
+		return err
+	}
+}
+
+// download copies into a store that has nothing.
+func (b *bench) download(m *machine, paths []string) (func() error, error) {
+	to, err := os.MkdirTemp(b.dir, "download-*")
+	return func() error {
+		_, err := m.nix(b.store, append([]string{"nix", "copy", "--no-check-sigs", "--from", "ssh-ng://bench", "--to", to}, paths...)...)
+		return err
+	}, err
+}
+
+// derivation makes a new derivation in the client's store.
+func (b *bench) derivation(m *machine, attr, seed string) (string, error) {
+	return m.nix(b.store, "nix-instantiate", "-E", fmt.Sprintf(`
+let
+  bb = builtins.path { path = %q; name = "bb"; };
+  run = name: parts: derivation {
+    inherit name parts; system = "x86_64-linux"; builder = "${bb}/busybox"; args = [ "sh" "-c" "echo > $out" ]; seed = %q;
+  };
+in {
+  one = run "one" [ ];
+  graph = run "graph" (builtins.genList (i: run "part-${toString i}" [ ]) %d);
+}.%s`, b.tools, seed, b.graph-1, attr))
+}
+
+func noopBuild(b *bench, m *machine, round int) (func() error, error) {
+	drv, err := b.derivation(m, "one", fmt.Sprintf("noop-%s-%d", m.name, round))
+	return func() error {
+		_, err := m.nix(b.store, "nix-store", "-r", drv)
+		return err
+	}, err
+}
+
+// alreadyBuilt asks, with another client's store, for what the machine has.
+func alreadyBuilt(b *bench, m *machine, round int) (func() error, error) {
+	drv, err := b.derivation(m, "one", fmt.Sprintf("built-%s", m.name))
+	if err != nil {
+		return nil, err
+	}
+	if _, err := m.nix(b.store, "nix-store", "-r", drv); err != nil {
+		return nil, err
+	}
+	other, err := os.MkdirTemp(b.dir, "other-*")
+	if err != nil {
+		return nil, err
+	}
+	if _, err := m.nix(b.store, "nix", "copy", "--no-check-sigs", "--derivation", "--to", other, drv); err != nil {
+		return nil, err
+	}
+	return func() error {
+		_, err := m.nix(other, "nix-store", "-r", drv)
+		return err
+	}, nil
+}
+
+// tinyGraph has the server walk a graph by itself.
+func tinyGraph(b *bench, m *machine, round int) (func() error, error) {
+	drv, err := b.derivation(m, "graph", fmt.Sprintf("graph-%s-%d", m.name, round))
+	if err != nil {
+		return nil, err
+	}
+	if _, err := m.nix(b.store, "nix", "copy", "--no-check-sigs", "--derivation", "--to", "ssh-ng://bench", drv); err != nil {
+		return nil, err
+	}
+	return func() error {
+		_, err := m.nix(b.store, "nix-store", "-r", drv, "--store", "ssh-ng://bench")
+		return err
+	}, nil
+}
+
+// prepare fills the client's store.
+func (b *bench) prepare() error {
+	b.store, b.tools = filepath.Join(b.dir, "client"), filepath.Join(b.dir, "tools")
+	m := &machine{dir: b.dir} // Nix without a machine
+	if err := os.MkdirAll(b.tools, 0o755); err != nil {
+		return err
+	}
+	busybox, err := exec.LookPath("busybox")
+	if err != nil {
+		return err
+	}
+	if err := output(exec.Command("cp", busybox, b.tools)); err != nil {
+		return err
+	}
+	for i := range 2 * b.rounds {
+		big := filepath.Join(b.dir, fmt.Sprintf("big-%d", i))
+		if err := writeRandom(big, b.big); err != nil {
+			return err
+		}
+		paths, err := b.add(m, []string{big})
+		if err != nil {
+			return err
+		}
+		b.bigPaths = append(b.bigPaths, paths...)
+		if err := os.Remove(big); err != nil {
+			return err
+		}
+		var files []string
+		for n := range b.small {
+			name := filepath.Join(b.dir, "small", fmt.Sprintf("%d-%d", i, n))
+			if err := writeRandom(name, 1500); err != nil {
+				return err
+			}
+			files = append(files, name)
+		}
+		if paths, err = b.add(m, files); err != nil {
+			return err
+		}
+		b.smallSets = append(b.smallSets, paths)
+	}
+	return nil
+}
+
+// add puts files into the client's store.
+func (b *bench) add(m *machine, files []string) ([]string, error) {
+	out, err := m.nix(b.store, append([]string{"nix-store", "--add"}, files...)...)
+	return strings.Fields(out), err
+}
+
+func writeRandom(name string, size int64) error {
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		return err
+	}
+	f, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = io.CopyN(f, rand.Reader, size)
+	return err
+}
+
+// idleConnections tells what connections cost that do nothing.
+func (b *bench) idleConnections(m *machine) error {
+	before, err := m.residentMiB()
+	if err != nil {
+		return err
+	}
+	conns, err := dialIdle(m, b.idle)
+	if err != nil {
+		return err
+	}
+	time.Sleep(time.Second)
+	after, err := m.residentMiB()
+	for _, c := range conns {
+		c.Close()
+	}
+	fmt.Printf("%d idle connections: %d MiB, %d MiB before them (%d KiB each)\n", b.idle, after, before, (after-before)<<10/b.idle)
+	return err
+}
