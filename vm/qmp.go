@@ -69,6 +69,18 @@ func decodeQMP(line []byte) (qmpMessage, error) {
 	return m, nil
 }
 
+// event returns the event that the message tells of.
+func (m qmpMessage) event() (qmpEvent, error) {
+	e := qmpEvent{Name: m.Event}
+	if len(m.Data) == 0 {
+		return e, nil
+	}
+	if err := json.Unmarshal(m.Data, &e.Data); err != nil {
+		return e, fmt.Errorf("read QMP event %.40q: %w", m.Event, err)
+	}
+	return e, nil
+}
+
 // A qmp is a connection to one QEMU.
 type qmp struct {
 	conn *net.UnixConn
@@ -142,9 +154,9 @@ func (q *qmp) read(greeted chan<- struct{}) {
 			first = false
 			close(greeted)
 		case m.Event != "":
-			e := qmpEvent{Name: m.Event}
-			if err := json.Unmarshal(m.Data, &e.Data); m.Data != nil && err != nil {
-				q.err = fmt.Errorf("read QMP event %s: %w", m.Event, err)
+			e, err := m.event()
+			if err != nil {
+				q.err = err
 				return
 			}
 			select {

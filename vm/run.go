@@ -14,8 +14,8 @@ import (
 )
 
 // Run runs spec's build in a new guest and returns when nothing of the guest
-// is left. A build that failed is a *BuildError; any other error is transient.
-// The log's bytes go to log as they come: log must not block for long, it holds
+// is left. A build that failed is a *BuildError, one that nobody could run a
+// *SpecError; any other error is transient. The log's bytes go to log as they come: log must not block for long, it holds
 // up the builder. Outputs arrive in outs before Run returns; after an error the
 // caller drops them.
 //
@@ -33,7 +33,7 @@ func (r *Runner) Run(ctx context.Context, spec *Spec, log io.Writer, outs Output
 	if err != nil {
 		return nil, err
 	}
-	order, err := newBuildOrder(spec)
+	order, err := orderBuild(spec, derivationsIn(ctx, r.cfg.Blobs, spec.Inputs))
 	if err != nil {
 		return nil, fmt.Errorf("order build: %w", err)
 	}
@@ -498,23 +498,4 @@ func (b *build) deliver(sent *link.Outputs) (*Result, error) {
 		return nil, fmt.Errorf("the outputs did not arrive whole: %d bytes of %d", sizes, told)
 	}
 	return &b.result, nil
-}
-
-// newBuildOrder is a stand-in.
-func newBuildOrder(spec *Spec) (*link.BuildOrder, error) {
-	o := &link.BuildOrder{DrvPath: string(spec.DrvPath), System: spec.Drv.System, Builder: spec.Drv.Builder, MemoryMiB: spec.MemoryMiB, MaxProcesses: 4096}
-	o.Args = append(o.Args, []byte(spec.Drv.Builder))
-	for _, a := range spec.Drv.Args {
-		o.Args = append(o.Args, []byte(a))
-	}
-	for k, v := range spec.Drv.Env {
-		o.Env = append(o.Env, []byte(k+"="+v))
-	}
-	for _, in := range spec.Inputs {
-		o.Inputs = append(o.Inputs, in.Path.Base())
-	}
-	for _, out := range spec.Outputs {
-		o.Outputs = append(o.Outputs, link.Output{Name: out.Name, Path: string(out.Path)})
-	}
-	return o, nil
 }
