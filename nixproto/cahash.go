@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"slices"
 
 	"nbd/nixproto/nar"
 )
@@ -107,4 +108,23 @@ func (c *CAHasher) sums() (sum, legacy Hash, err error) {
 		}
 	}
 	return HashFromSum(c.algo, c.hash), Hash{}, nil
+}
+
+// CAHasherFor returns the CAHasher to write the archive of info to, and the
+// content address to Check then. h is nil if CheckCA has said all there is to
+// say: info has no content address, or one that is the NAR hash.
+func CAHasherFor(info *PathInfo) (h *CAHasher, ca ContentAddress, err error) {
+	ca, err = ParseContentAddress(info.CA)
+	if err != nil || ca.Method == 0 {
+		return nil, ca, err
+	}
+	var self StorePath
+	if slices.Contains(info.References, info.Path) {
+		self = info.Path
+	}
+	if ca.Method == CANAR && ca.Hash.Algo() == SHA256 && self == "" {
+		return nil, ca, nil
+	}
+	h, err = NewCAHasher(ca.Method, ca.Hash.Algo(), self)
+	return h, ca, err
 }
