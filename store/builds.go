@@ -1,8 +1,13 @@
 package store
 
 import (
+	"context"
 	"encoding/json"
+	"fmt"
+	"slices"
 	"time"
+
+	bolt "go.etcd.io/bbolt"
 
 	"nbd/nixproto"
 )
@@ -69,9 +74,12 @@ type Build struct {
 type BuildOutput struct {
 	Name    string             `json:"name"`
 	Path    nixproto.StorePath `json:"path"`
-	NarHash string             `json:"narHash"` // "sha256:<nix32>"
+	NarHash nixproto.Hash      `json:"narHash"`
 	NarSize uint64             `json:"narSize"` // bytes
 }
+
+// ended reports whether the build's status is a final one.
+func (b *Build) ended() bool { return b.Status != StatusPending && b.Status != StatusRunning }
 
 // BuildFilter selects builds. Zero fields select all.
 type BuildFilter struct {
@@ -81,4 +89,153 @@ type BuildFilter struct {
 	Limit    int
 	// Match, if not nil, has the last word.
 	Match func(*Build) bool
+}
+
+// NewBuild stores a new record of a build; the store sets its ID.
+func (s *Store) NewBuild(ctx context.Context, b *Build) error {
+	err := s.update(func(tx *bolt.Tx) error {
+		id, err := tx.Bucket(bucketBuilds).NextSequence()
+		if err != nil {
+			return err
+		}
+		b.ID = BuildID(id)
+		k := append(idKey(uint64(b.Account)), idKey(id)...)
+		if err := tx.Bucket(bucketBuildIndex).Put(k, nil); err != nil {
+			return err
+		}
+		return putBuild(tx, b)
+	})
+	if err != nil {
+		return fmt.Errorf("store build: %w", err)
+	}
+	return nil
+}
+
+// PutBuild stores a build record over the one with its ID; ErrNotFound if
+// there is none for that account.
+func (s *Store) PutBuild(ctx context.Context, b *Build) error {
+	err := s.update(func(tx *bolt.Tx) error {
+		old, err := getBuild(tx, idKey(uint64(b.ID)))
+		if err == nil && old.Account != b.Account {
+			err = ErrNotFound
+		}
+		if err != nil {
+			return err
+		}
+		return putBuild(tx, b)
+	})
+	if err != nil {
+		return fmt.Errorf("store build %d: %w", b.ID, err)
+	}
+	return nil
+}
+
+// putBuild writes a build, and whether it is live.
+func putBuild(tx *bolt.Tx, b *Build) error {
+	k := idKey(uint64(b.ID))
+	live := tx.Bucket(bucketLive)
+	var err error
+	if b.ended() {
+		err = live.Delete(k)
+	} else {
+		err = live.Put(k, nil)
+	}
+	if err != nil {
+		return err
+	}
+	return putJSON(tx.Bucket(bucketBuilds), k, b)
+}
+
+// getBuild returns the build at a key, or ErrNotFound.
+func getBuild(tx *bolt.Tx, k []byte) (*Build, error) {
+	b := &Build{}
+	ok, err := getJSON(tx.Bucket(bucketBuilds), k, b)
+	if err == nil && !ok {
+		err = ErrNotFound
+	}
+	return b, err
+}
+
+// Build returns the record of a build, or ErrNotFound.
+func (s *Store) Build(ctx context.Context, id BuildID) (b *Build, err error) {
+	err = s.db.View(func(tx *bolt.Tx) error {
+		b, err = getBuild(tx, idKey(uint64(id)))
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("build %d: %w", id, databaseError(err))
+	}
+	return b, nil
+}
+
+// Builds returns the builds of an account that f selects, newest first.
+func (s *Store) Builds(ctx context.Context, a AccountID, f BuildFilter) (list []Build, err error) {
+	err = s.db.View(func(tx *bolt.Tx) error {
+		prefix := idKey(uint64(a))
+		before := f.Before
+		if before == 0 {
+			before = ^BuildID(0)
+		}
+		c := tx.Bucket(bucketBuildIndex).Cursor()
+		k, _ := c.Seek(append(slices.Clone(prefix), idKey(uint64(before))...))
+		if k == nil {
+			k, _ = c.Last()
+		} else {
+			k, _ = c.Prev()
+		}
+		for ; len(k) == 16 && slices.Equal(k[:8], prefix); k, _ = c.Prev() {
+			b, err := getBuild(tx, k[8:])
+			if err != nil {
+				return fmt.Errorf("build %d: %w", keyID(k[8:]), err)
+			}
+			if f.selects(b) {
+				list = append(list, *b)
+			}
+			if f.Limit > 0 && len(list) == f.Limit {
+				return nil
+			}
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return list, databaseError(err)
+}
+
+// selects reports whether f selects b.
+func (f *BuildFilter) selects(b *Build) bool {
+	switch {
+	case !f.From.IsZero() && b.Created.Before(f.From):
+	case !f.To.IsZero() && !b.Created.Before(f.To):
+	case len(f.Status) > 0 && !slices.Contains(f.Status, b.Status):
+	case f.Match != nil && !f.Match(b):
+	default:
+		return true
+	}
+	return false
+}
+
+// endBuilds gives the builds that had not ended when the store was last open
+// the status of builds whose server ended.
+func endBuilds(tx *bolt.Tx, now time.Time) error {
+	var live [][]byte
+	err := tx.Bucket(bucketLive).ForEach(func(k, _ []byte) error {
+		live = append(live, slices.Clone(k))
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, k := range live {
+		b, err := getBuild(tx, k)
+		if err != nil {
+			return fmt.Errorf("build %d: %w", keyID(k), err)
+		}
+		b.Status, b.Error, b.Stopped = StatusInternalError, "the server ended while it ran", now
+		if err := putBuild(tx, b); err != nil {
+			return err
+		}
+	}
+	return nil
 }

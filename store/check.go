@@ -1,15 +1,29 @@
 package store
 
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+
+	bolt "go.etcd.io/bbolt"
+
+	"nbd/nixproto"
+	"nbd/nixproto/nar"
+)
+
 // A Report is what Check found.
 type Report struct {
-	Accounts int
-	Paths    int
-	Blobs    int
-	Bytes    uint64 // of the blobs, each counted once
+	Accounts int    `json:"accounts"`
+	Paths    int    `json:"paths"` // in all views
+	Blobs    int    `json:"blobs"`
+	Bytes    uint64 `json:"bytes"` // of the blobs, each counted once
 	// Problems has one sentence for each fault, at most MaxProblems.
-	Problems []string
+	Problems []string `json:"problems"`
 	// More counts the faults beyond those.
-	More int
+	More int `json:"more"`
 }
 
 // MaxProblems bounds the list in a Report.
@@ -17,3 +31,170 @@ const MaxProblems = 1000
 
 // OK reports whether nothing was wrong.
 func (r *Report) OK() bool { return len(r.Problems) == 0 && r.More == 0 }
+
+func (r *Report) problem(format string, args ...any) {
+	if len(r.Problems) == MaxProblems {
+		r.More++
+		return
+	}
+	r.Problems = append(r.Problems, fmt.Sprintf(format, args...))
+}
+
+// Check compares the index with the blobs; with readData it also reads every
+// byte, and compares it with its hash and index. It may run while the store is
+// used. Its error says that it could not go on; damage is in the report.
+func (s *Store) Check(ctx context.Context, readData bool) (*Report, error) {
+	rep := &Report{}
+	blobs := make(map[sum]bool)
+	err := s.read(func(tx *bolt.Tx) error {
+		err := tx.Bucket(bucketBlobs).ForEach(func(k, _ []byte) error {
+			blobs[sum(k)] = true
+			return ctx.Err()
+		})
+		if err != nil {
+			return err
+		}
+		return tx.Bucket(bucketViews).ForEachBucket(func(k []byte) error {
+			rep.Accounts++
+			v, err := openView(tx, AccountID(keyID(k)))
+			if err != nil {
+				return err
+			}
+			return rep.checkView(ctx, v, blobs)
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("check: %w", err)
+	}
+	// One blob at a time, each as it is then: nothing is held up.
+	for h := range blobs {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if err := s.checkBlob(ctx, h, readData, rep); err != nil {
+			rep.problem("blob %s: %v", h, err)
+		}
+	}
+	return rep, nil
+}
+
+// checkView checks the records of a view and its indexes against one another.
+func (r *Report) checkView(ctx context.Context, v *view, blobs map[sum]bool) error {
+	links, outputs := 0, 0
+	err := v.each(func(p nixproto.StorePath, b []byte) error {
+		r.Paths++
+		rec, err := decodeRecord(p, b)
+		if err != nil {
+			r.problem("account %d: %v", v.account, err)
+			return ctx.Err()
+		}
+		h, err := sumOf(rec.NarHash)
+		if err != nil || !blobs[h] {
+			r.problem("account %d: %s: its content %s is not stored", v.account, p, rec.NarHash)
+		}
+		for _, ref := range rec.References {
+			links++
+			if !v.has(ref) {
+				r.problem("account %d: %s refers to %s, which is not valid", v.account, p, ref)
+			}
+			if v.referrers.Get(pairKey(ref.Base(), p.Base())) == nil {
+				r.problem("account %d: %s is missing among the referrers of %s", v.account, p, ref)
+			}
+		}
+		outputs += len(rec.outputs)
+		return ctx.Err()
+	})
+	if err != nil {
+		return err
+	}
+	if n := v.referrers.Stats().KeyN; n != links {
+		r.problem("account %d: %d references, but %d referrers", v.account, links, n)
+	}
+	if n := v.derivers.Stats().KeyN; n != outputs {
+		r.problem("account %d: %d outputs of derivations, but %d derivers", v.account, outputs, n)
+	}
+	return nil
+}
+
+// checkBlob checks one blob, unless it was removed meanwhile.
+func (s *Store) checkBlob(ctx context.Context, h sum, readData bool, rep *Report) error {
+	b, err := s.OpenBlob(ctx, h.hash())
+	if errors.Is(err, ErrNotFound) {
+		return nil
+	}
+	rep.Blobs++
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	rep.Bytes += uint64(b.Size())
+	if !readData {
+		return nil
+	}
+	return b.verify(ctx)
+}
+
+// verify reads the blob and compares it with its hash and its index.
+func (b *Blob) verify(ctx context.Context) error {
+	stored, err := b.readIndex()
+	if err != nil {
+		return err
+	}
+	hash := sha256.New()
+	x, size, err := nar.ReadIndex(io.TeeReader(&contextReader{ctx, io.NewSectionReader(b, 0, b.Size())}, hash))
+	if err != nil {
+		return err
+	}
+	if sum(hash.Sum(nil)) != b.sum || size != b.Size() {
+		return fmt.Errorf("%w: its hash is another", ErrDamaged)
+	}
+	if !slices.Equal(x, stored) {
+		return fmt.Errorf("%w: its index is that of another NAR", ErrDamaged)
+	}
+	return nil
+}
+
+// A contextReader fails when its context ends.
+type contextReader struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (r *contextReader) Read(p []byte) (int, error) {
+	if err := r.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return r.r.Read(p)
+}
+
+// Stats are the numbers of `nbd admin status`.
+type Stats struct {
+	Accounts int
+	Paths    int    // in all views
+	Blobs    int    // each counted once
+	Bytes    uint64 // of the blobs
+	Builds   int
+}
+
+// Stats counts what is in the store.
+func (s *Store) Stats(ctx context.Context) (st Stats, err error) {
+	err = s.read(func(tx *bolt.Tx) error {
+		st.Builds = tx.Bucket(bucketBuilds).Stats().KeyN
+		views := tx.Bucket(bucketViews)
+		err := views.ForEachBucket(func(k []byte) error {
+			st.Accounts++
+			st.Paths += views.Bucket(k).Bucket(viewPaths).Stats().KeyN
+			return ctx.Err()
+		})
+		if err != nil {
+			return err
+		}
+		return tx.Bucket(bucketBlobs).ForEach(func(_, b []byte) error {
+			at, err := decodeBlobRecord(b)
+			st.Blobs++
+			st.Bytes += uint64(at.size)
+			return errors.Join(err, ctx.Err())
+		})
+	})
+	return st, err
+}

@@ -1,7 +1,12 @@
 package store
 
 import (
+	"context"
+	"fmt"
+	"slices"
 	"time"
+
+	bolt "go.etcd.io/bbolt"
 
 	"nbd/nixproto"
 )
@@ -25,4 +30,216 @@ type GCOptions struct {
 type GCResult struct {
 	Paths []nixproto.StorePath // deleted, or that would be
 	Freed uint64               // bytes of their NARs, as if nothing were shared
+}
+
+// gcBatch is how many paths one transaction deletes, so that nobody waits long.
+const gcBatch = 500
+
+// Delete removes paths from the view. If others than those refer to one of
+// them, or it is leased, nothing is removed and the error is ErrInUse and
+// names it. Paths that are not in the view are ErrNotFound. Bytes that
+// nobody has any more go at the next Sweep.
+func (s *Store) Delete(ctx context.Context, a AccountID, paths ...nixproto.StorePath) (res GCResult, err error) {
+	s.leases.deleting.Lock()
+	defer s.leases.deleting.Unlock()
+	paths = slices.Compact(slices.Sorted(slices.Values(paths)))
+	err = s.update(func(tx *bolt.Tx) error {
+		v, err := openView(tx, a)
+		if err != nil {
+			return err
+		}
+		for _, p := range paths {
+			if err := s.deletable(v, p, paths); err != nil {
+				return err
+			}
+		}
+		for _, p := range paths {
+			if err := v.collect(p, &res); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return GCResult{}, fmt.Errorf("delete: %w", err)
+	}
+	return res, nil
+}
+
+// deletable says why p cannot be deleted together with others, which are
+// sorted.
+func (s *Store) deletable(v *view, p nixproto.StorePath, others []nixproto.StorePath) error {
+	if _, err := v.want(p); err != nil {
+		return err
+	}
+	if s.leases.leased(v.account, p) {
+		return fmt.Errorf("%s is %w", p, ErrInUse)
+	}
+	referrers, err := v.referrersOf(p)
+	if err != nil {
+		return err
+	}
+	for _, r := range referrers {
+		if _, ok := slices.BinarySearch(others, r); !ok && r != p {
+			return fmt.Errorf("%s is %w: %s refers to it", p, ErrInUse, r)
+		}
+	}
+	return nil
+}
+
+// collect removes a path that is in the view and counts it.
+func (v *view) collect(p nixproto.StorePath, res *GCResult) error {
+	r, err := v.want(p)
+	if err != nil {
+		return err
+	}
+	res.Paths = append(res.Paths, p)
+	res.Freed += r.NarSize
+	return v.remove(p)
+}
+
+// GC deletes from the view what is neither leased nor kept by the options nor
+// referred to by what is. Realisations of paths that are gone go too.
+func (s *Store) GC(ctx context.Context, a AccountID, opts GCOptions) (GCResult, error) {
+	var live, dead []*record
+	err := s.readView(a, func(v *view) (err error) {
+		live, dead, err = s.judge(ctx, v, opts)
+		return err
+	})
+	if err != nil {
+		return GCResult{}, fmt.Errorf("collect: %w", err)
+	}
+	if opts.Live || opts.DryRun {
+		var res GCResult
+		if opts.Live {
+			dead = live
+		}
+		for _, r := range dead {
+			if opts.DryRun && opts.MaxFreed > 0 && res.Freed >= opts.MaxFreed {
+				break
+			}
+			res.Paths = append(res.Paths, r.Path)
+			if !opts.Live {
+				res.Freed += r.NarSize
+			}
+		}
+		return res, nil
+	}
+	return s.deleteDead(ctx, a, dead, opts.MaxFreed)
+}
+
+// judge returns what is alive and what is not; what refers to another path
+// comes before it.
+func (s *Store) judge(ctx context.Context, v *view, opts GCOptions) (live, dead []*record, err error) {
+	var all, keep []nixproto.StorePath
+	young := s.cfg.Now().Add(-opts.OlderThan).Unix()
+	err = v.each(func(p nixproto.StorePath, b []byte) error {
+		r, err := decodeRecord(p, b)
+		if err != nil {
+			return err
+		}
+		all = append(all, p)
+		if opts.OlderThan > 0 && r.RegistrationTime > young {
+			keep = append(keep, p)
+		}
+		return ctx.Err()
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, p := range s.leases.of(v.account) {
+		if v.has(p) {
+			keep = append(keep, p)
+		}
+	}
+	alive := make(map[nixproto.StorePath]bool)
+	err = v.closure(ctx, keep, func(r *record) {
+		alive[r.Path] = true
+		live = append(live, r)
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	err = v.closure(ctx, all, func(r *record) {
+		if !alive[r.Path] {
+			dead = append(dead, r)
+		}
+	})
+	slices.Reverse(live)
+	slices.Reverse(dead)
+	return live, dead, err
+}
+
+// deleteDead deletes paths that are still not in use. Each comes after those
+// that refer to it.
+func (s *Store) deleteDead(ctx context.Context, a AccountID, dead []*record, maxFreed uint64) (GCResult, error) {
+	var res GCResult
+	for batch := range slices.Chunk(dead, gcBatch) {
+		if err := ctx.Err(); err != nil {
+			return res, err
+		}
+		if maxFreed > 0 && res.Freed >= maxFreed {
+			break
+		}
+		got, err := s.deleteBatch(a, batch, maxFreed-min(res.Freed, maxFreed))
+		if err != nil {
+			return res, fmt.Errorf("collect: %w", err)
+		}
+		res.Paths = append(res.Paths, got.Paths...)
+		res.Freed += got.Freed
+	}
+	return res, s.dropRealisations(a)
+}
+
+// deleteBatch deletes those of batch that nobody has begun to use, until
+// maxFreed bytes are freed unless it is 0.
+func (s *Store) deleteBatch(a AccountID, batch []*record, maxFreed uint64) (res GCResult, err error) {
+	s.leases.deleting.Lock()
+	defer s.leases.deleting.Unlock()
+	err = s.update(func(tx *bolt.Tx) error {
+		v, err := openView(tx, a)
+		if err != nil {
+			return err
+		}
+		for _, r := range batch {
+			if maxFreed > 0 && res.Freed >= maxFreed {
+				return nil
+			}
+			if s.deletable(v, r.Path, nil) != nil {
+				continue
+			}
+			if err := v.collect(r.Path, &res); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return GCResult{}, err
+	}
+	return res, nil
+}
+
+// dropRealisations removes the realisations of paths that are not in the view.
+func (s *Store) dropRealisations(a AccountID) error {
+	return s.update(func(tx *bolt.Tx) error {
+		v, err := openView(tx, a)
+		if err != nil {
+			return err
+		}
+		var gone [][]byte
+		err = v.realisations.ForEach(func(k, b []byte) error {
+			r, err := nixproto.ParseRealisation(b[min(1, len(b)):])
+			if err != nil || !v.has(r.OutPath) {
+				gone = append(gone, slices.Clone(k))
+			}
+			return nil
+		})
+		for _, k := range gone {
+			if err == nil {
+				err = v.realisations.Delete(k)
+			}
+		}
+		return err
+	})
 }

@@ -1,12 +1,164 @@
 package store
 
-import "nbd/nixproto"
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
 
-// A Registration is one output that becomes valid.
+	"nbd/nixproto"
+)
+
+// A Registration is one path that becomes valid.
 type Registration struct {
 	// Info describes the path. With Staged, NarHash and NarSize are taken from
-	// it and may be left zero.
+	// it and may be left zero. A zero RegistrationTime is the present.
 	Info nixproto.PathInfo
 	// Staged holds the content; nil if the blob NarHash is stored already.
 	Staged *Staged
+}
+
+// Register makes the paths valid in the account's view, all at once and
+// durable. What they refer to must be valid in the view or be registered
+// along, without a cycle; content addresses must recompute (both ErrInvalid).
+// A path that the view has already keeps its record. That the account may have
+// a blob that is stored already is the caller's to know; ErrNotFound if it is
+// not stored. The Staged are used up, whatever the outcome.
+func (s *Store) Register(ctx context.Context, a AccountID, regs []Registration) error {
+	defer func() {
+		for _, r := range regs {
+			if r.Staged != nil {
+				r.Staged.Discard()
+			}
+		}
+	}()
+	if err := errors.Join(ctx.Err(), s.checkAccount(a)); err != nil {
+		return err
+	}
+	b := s.newBurst(a)
+	defer b.end()
+	recs, err := s.registerRecords(b, regs)
+	if err != nil {
+		return err
+	}
+	for i, r := range recs {
+		if err := s.registerOne(b, r, regs[i].Staged); err != nil {
+			return fmt.Errorf("register %s: %w", r.Path, err)
+		}
+	}
+	return b.commit()
+}
+
+// registerRecords makes the records, and checks that they refer to what is
+// valid.
+func (s *Store) registerRecords(b *burst, regs []Registration) ([]*record, error) {
+	recs := make([]*record, len(regs))
+	refs := make(map[nixproto.StorePath][]nixproto.StorePath)
+	for i := range regs {
+		r := &record{PathInfo: regs[i].Info}
+		r.References = slices.Compact(slices.Sorted(slices.Values(r.References)))
+		if r.RegistrationTime == 0 {
+			r.RegistrationTime = s.cfg.Now().Unix()
+		}
+		if st := regs[i].Staged; st != nil {
+			if !st.done || st.err != nil || st.used {
+				return nil, fmt.Errorf("register %s: its NAR is not finished", r.Path)
+			}
+			r.NarHash, r.NarSize = st.NarHash(), st.NarSize()
+		}
+		if refs[r.Path] != nil {
+			return nil, fmt.Errorf("register %s: %w: twice", r.Path, ErrInvalid)
+		}
+		refs[r.Path] = append([]nixproto.StorePath{}, r.References...)
+		b.lease.Add(r.Path)
+		b.lease.Add(r.References...)
+		recs[i] = r
+	}
+	for _, r := range recs {
+		for _, ref := range r.References {
+			if refs[ref] != nil {
+				continue
+			}
+			if ok, err := b.valid(ref); err != nil {
+				return nil, err
+			} else if !ok {
+				return nil, fmt.Errorf("register %s: %w reference: %s is not valid", r.Path, ErrInvalid, ref)
+			}
+		}
+	}
+	return recs, checkAcyclic(refs)
+}
+
+// checkAcyclic returns an error if a path refers to itself by way of others.
+func checkAcyclic(refs map[nixproto.StorePath][]nixproto.StorePath) error {
+	for len(refs) > 0 {
+		before := len(refs)
+		for p, to := range refs {
+			if !slices.ContainsFunc(to, func(r nixproto.StorePath) bool { return r != p && refs[r] != nil }) {
+				delete(refs, p)
+			}
+		}
+		if len(refs) == before {
+			for p := range refs {
+				return fmt.Errorf("register %s: %w references: they form a cycle", p, ErrInvalid)
+			}
+		}
+	}
+	return nil
+}
+
+// registerOne adds one path with its blob to the burst.
+func (s *Store) registerOne(b *burst, r *record, st *Staged) error {
+	h, err := sumOf(r.NarHash)
+	if err != nil {
+		return err
+	}
+	check, err := newContentCheck(r)
+	if err != nil {
+		return err
+	}
+	b.pin(h)
+	stored, damaged, err := b.stored(h)
+	if err != nil {
+		return err
+	}
+	if st == nil {
+		if err := s.checkStored(check, h); err != nil {
+			return err
+		}
+		b.addPath(r)
+		return nil
+	}
+	if err := check.read(st, st.Index()); err != nil {
+		return err
+	}
+	b.addPath(r)
+	if stored {
+		return nil
+	}
+	if st.file != nil {
+		f := st.file
+		st.file, st.used = nil, true
+		return b.addFile(h, f, st.Index(), damaged)
+	}
+	start := b.beginFrame()
+	b.req.frames = append(b.req.frames, st.mem...)
+	return b.endFrame(start, h, st.Index(), damaged)
+}
+
+// checkStored checks a record against the pinned blob h, which is stored.
+func (s *Store) checkStored(check *contentCheck, h sum) error {
+	blob, err := s.openPinned(h)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	if size := check.rec.NarSize; size != uint64(blob.Size()) {
+		return fmt.Errorf("%w NAR size: claimed %d, it is %d", ErrInvalid, size, blob.Size())
+	}
+	x, err := blob.Index()
+	if err != nil {
+		return err
+	}
+	return check.read(blob, x)
 }

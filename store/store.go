@@ -2,8 +2,16 @@ package store
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"time"
+
+	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 )
 
 // Errors that callers branch on. They are wrapped with what they are about.
@@ -33,7 +41,7 @@ var (
 	ErrClosed = errors.New("store is closed")
 )
 
-// Config says how to open a store. The zero value works, but for ServerName.
+// Config says how to open a store. The zero value works.
 type Config struct {
 	// ServerName is the first half of the names of signing keys made for new
 	// accounts; "nbd" by default.
@@ -46,4 +54,147 @@ type Config struct {
 	Logger *slog.Logger
 	// Now is the clock; default: time.Now.
 	Now func() time.Time
+}
+
+// withDefaults returns c with the defaults in place of zeros.
+func (c Config) withDefaults() Config {
+	if c.ServerName == "" {
+		c.ServerName = "nbd"
+	}
+	if c.MinFree == 0 {
+		c.MinFree = 64 << 20
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	return c
+}
+
+// Store is one state directory. Its methods are safe for concurrent use.
+type Store struct {
+	dir string
+	cfg Config
+	log *slog.Logger
+	db  *bolt.DB
+
+	segs     *segments
+	pins     *pins
+	indexes  indexCache
+	leases   leases
+	logs     liveLogs
+	tmpNames atomic.Uint64
+
+	queueMu sync.Mutex
+	queue   []*commitRequest // waiting for a turn
+
+	// commitMu is held by the one who changes the database or commits.
+	commitMu sync.Mutex
+	closed   bool // guarded by commitMu
+
+	// pendingMu guards pending against readers; it is only changed with
+	// commitMu held as well.
+	pendingMu    sync.RWMutex
+	pending      pending
+	pendingCount atomic.Int64 // of pending, without a lock
+	flushWake    chan struct{}
+
+	// sweep is set while Sweep looks for blobs that nobody has; guarded by
+	// commitMu. One Sweep runs at a time, with sweepMu held.
+	sweepMu sync.Mutex
+	sweep   *sweep
+	// strays are files of blobs that a failed commit may have left.
+	straysMu sync.Mutex
+	strays   map[sum]bool
+
+	closing    chan struct{}
+	background sync.WaitGroup
+}
+
+// lockTimeout is how long Open waits for another process to end.
+const lockTimeout = 2 * time.Second
+
+// Open opens the state directory dir, making it if needed, and recovers from
+// whatever happened to the process that had it last. Errors: ErrLocked,
+// ErrTooNew.
+func Open(dir string, cfg Config) (*Store, error) {
+	cfg = cfg.withDefaults()
+	s := &Store{
+		dir: dir, cfg: cfg, log: cfg.Logger,
+		segs:      &segments{dir: filepath.Join(dir, "segments"), open: make(map[uint64]*segment), dirty: make(map[*segment]bool)},
+		pins:      newPins(),
+		flushWake: make(chan struct{}, 1),
+		strays:    make(map[sum]bool),
+		closing:   make(chan struct{}),
+	}
+	if err := s.open(); err != nil {
+		return nil, fmt.Errorf("open store in %s: %w", dir, err)
+	}
+	s.background.Add(1)
+	go s.flusher()
+	return s, nil
+}
+
+func (s *Store) open() error {
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		return err
+	}
+	db, err := bolt.Open(filepath.Join(s.dir, "nbd.db"), 0o600, &bolt.Options{
+		Timeout:        lockTimeout,
+		NoFreelistSync: true,
+		FreelistType:   bolt.FreelistMapType,
+		// Address space, so that a growing database is seldom mapped anew,
+		// which has to wait for readers.
+		InitialMmapSize: 1 << 30,
+	})
+	if errors.Is(err, bolt.ErrTimeout) {
+		return ErrLocked
+	}
+	if err != nil {
+		return databaseError(err)
+	}
+	s.db = db
+	if err := s.recover(); err != nil {
+		return errors.Join(err, s.segs.close(), db.Close())
+	}
+	return nil
+}
+
+// Close waits for writes that are under way, writes what is pending and closes
+// the store. Open blobs and logs can be read until they are closed.
+func (s *Store) Close() error {
+	s.commitMu.Lock()
+	if s.closed {
+		s.commitMu.Unlock()
+		return nil
+	}
+	err := s.updateLocked(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketMeta).Put(metaClean, []byte{1})
+	})
+	s.closed = true
+	s.commitMu.Unlock()
+	close(s.closing)
+	s.background.Wait()
+	if err = errors.Join(err, s.segs.close(), s.db.Close()); err != nil {
+		return fmt.Errorf("close store in %s: %w", s.dir, err)
+	}
+	return nil
+}
+
+// room returns ErrNoSpace if n more bytes would leave less than
+// Config.MinFree.
+func (s *Store) room(n int64) error {
+	if s.cfg.MinFree < 0 {
+		return nil
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(s.dir, &fs); err != nil {
+		return fmt.Errorf("free space of %s: %w", s.dir, err)
+	}
+	if int64(fs.Bavail)*fs.Bsize-n < s.cfg.MinFree {
+		return fmt.Errorf("%w (%d MiB are kept free)", ErrNoSpace, s.cfg.MinFree>>20)
+	}
+	return nil
 }

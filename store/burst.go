@@ -1,0 +1,261 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"path/filepath"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"nbd/nixproto"
+	"nbd/nixproto/nar"
+)
+
+// spillAt is how many bytes of small NARs a burst holds before it writes them
+// to a segment.
+const spillAt = 1 << 20
+
+// maxOpenFiles is how many files a burst holds open before it syncs them.
+const maxOpenFiles = 32
+
+// A burst gathers paths and blobs for one commit. It is used by one goroutine.
+type burst struct {
+	s      *Store
+	lease  *Lease // on the paths and on what they refer to
+	pinned []sum
+	req    commitRequest
+	added  map[nixproto.StorePath]*record
+	files  []placedFile // not placed yet
+	held   []uint64     // segments that frames were spilled to
+	open   int          // files among the last ones that are not synced yet
+}
+
+// A placedFile is a blob that gets a file of its own.
+type placedFile struct {
+	sum  sum
+	file *blobFile
+}
+
+func (s *Store) newBurst(a AccountID) *burst {
+	b := &burst{s: s, lease: s.NewLease(a), added: make(map[nixproto.StorePath]*record)}
+	b.req.account = a
+	return b
+}
+
+// pin keeps a blob until the burst ends.
+func (b *burst) pin(h sum) {
+	b.s.pins.pin(h)
+	b.pinned = append(b.pinned, h)
+}
+
+// stored reports whether a pinned blob is stored, or in the burst already.
+// damaged says that it should be, but its bytes are not there.
+func (b *burst) stored(h sum) (ok, damaged bool, err error) {
+	for i := range b.req.blobs {
+		if b.req.blobs[i].sum == h {
+			return true, false, nil
+		}
+	}
+	blob, err := b.s.openPinned(h)
+	switch {
+	case err == nil:
+		return true, false, blob.Close()
+	case errors.Is(err, ErrDamaged):
+		return false, true, nil
+	case errors.Is(err, ErrNotFound):
+		return false, false, nil
+	}
+	return false, false, err
+}
+
+// valid reports whether p will be valid once the burst is committed.
+func (b *burst) valid(p nixproto.StorePath) (bool, error) {
+	if b.added[p] != nil {
+		return true, nil
+	}
+	r, err := b.s.lookupRecord(b.req.account, p)
+	return r != nil, err
+}
+
+// addPath adds the record of a path.
+func (b *burst) addPath(r *record) {
+	b.req.paths = append(b.req.paths, r)
+	b.added[r.Path] = r
+}
+
+// beginFrame begins a frame for a small NAR, whose bytes are then appended to
+// b.req.frames, and returns where the frame is.
+func (b *burst) beginFrame() (start int) {
+	start = len(b.req.frames)
+	b.req.frames = append(b.req.frames, make([]byte, frameHead)...)
+	return start
+}
+
+// dropFrame takes back what was appended since beginFrame.
+func (b *burst) dropFrame(start int) { b.req.frames = b.req.frames[:start] }
+
+// endFrame makes a blob of the NAR appended since beginFrame.
+func (b *burst) endFrame(start int, h sum, x nar.Index, replace bool) error {
+	size := len(b.req.frames) - start - frameHead
+	frames, err := x.AppendBinary(b.req.frames)
+	if err != nil {
+		b.dropFrame(start)
+		return fmt.Errorf("encode index: %w", err)
+	}
+	index := frames[start+frameHead+size:]
+	at := blobRecord{
+		segment: inFrames, offset: int64(start + frameHead), size: int64(size),
+		indexLen: int64(len(index)), indexCRC: crc32.Checksum(index, castagnoli),
+	}
+	f := frame{kind: frameNAR, length: at.stored()}
+	f.put(frames[start:])
+	b.req.frames = append(frames, make([]byte, padded(f.length)-f.length)...)
+	b.req.blobs = append(b.req.blobs, newBlob{sum: h, at: at, replace: replace})
+	if len(b.req.frames) < spillAt {
+		return nil
+	}
+	return b.spill()
+}
+
+// spill writes the frames to a segment.
+func (b *burst) spill() error {
+	if err := b.s.room(int64(len(b.req.frames))); err != nil {
+		return err
+	}
+	at, err := b.s.segs.append(func(at place) ([][]byte, error) {
+		b.s.segs.holdLocked(at.segment)
+		b.held = append(b.held, at.segment)
+		return [][]byte{b.req.frames}, nil
+	})
+	if err != nil {
+		return err
+	}
+	for i := range b.req.blobs {
+		if r := &b.req.blobs[i].at; r.segment == inFrames {
+			r.segment, r.offset = at.segment, at.offset+r.offset
+		}
+	}
+	b.req.frames = b.req.frames[:0]
+	return nil
+}
+
+// addFile adds a blob with a file of its own, which becomes the burst's.
+func (b *burst) addFile(h sum, f *blobFile, x nar.Index, replace bool) error {
+	at, err := f.finish(x)
+	if err != nil {
+		f.drop()
+		return err
+	}
+	f.startWriteback()
+	b.req.blobs = append(b.req.blobs, newBlob{sum: h, at: at, replace: replace})
+	b.files = append(b.files, placedFile{h, f})
+	if b.open++; b.open < maxOpenFiles {
+		return nil
+	}
+	return b.syncFiles()
+}
+
+// syncFiles syncs the files that are not synced yet, all at the same time: the
+// file system makes one transaction of them.
+func (b *burst) syncFiles() error {
+	files := b.files[len(b.files)-b.open:]
+	b.open = 0
+	errs := make([]error, len(files))
+	var wg sync.WaitGroup
+	for i, f := range files {
+		wg.Go(func() { errs[i] = f.file.sync() })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// sync makes the bytes of the file durable and closes it.
+func (b *blobFile) sync() error {
+	if err := errors.Join(unix.Fsync(int(b.f.Fd())), b.f.Close()); err != nil {
+		return fmt.Errorf("sync blob: %w", diskError(err))
+	}
+	return nil
+}
+
+// placeFiles moves the files to their names, and makes those durable.
+func (b *burst) placeFiles() error {
+	if err := b.syncFiles(); err != nil {
+		return err
+	}
+	dirs := make(map[string]bool)
+	for _, f := range b.files {
+		if err := f.file.place(f.sum); err != nil {
+			return err
+		}
+		b.s.stray(f.sum)
+		dirs[filepath.Dir(b.s.blobPath(f.sum))] = true
+	}
+	errs := make(chan error, len(dirs))
+	for dir := range dirs {
+		go func() { errs <- syncDir(dir) }()
+	}
+	var failed error
+	for range len(dirs) {
+		if err := <-errs; err != nil {
+			failed = fmt.Errorf("sync directory of blobs: %w", diskError(err))
+		}
+	}
+	return failed
+}
+
+// commit makes what was added durable and visible, and empties the burst.
+// After an error nothing of it is, and the burst is of no use.
+func (b *burst) commit() error {
+	if len(b.req.paths) == 0 && len(b.req.blobs) == 0 {
+		return nil
+	}
+	if err := b.s.room(int64(len(b.req.frames))); err != nil {
+		return err
+	}
+	if err := b.placeFiles(); err != nil {
+		return err
+	}
+	req := b.req
+	if err := b.s.commit(&req); err != nil {
+		return err
+	}
+	for _, f := range b.files {
+		b.s.unstray(f.sum)
+	}
+	b.files = b.files[:0]
+	b.req = commitRequest{account: b.req.account, repair: b.req.repair, frames: b.req.frames[:0]}
+	clear(b.added)
+	return nil
+}
+
+// end drops what was not committed.
+func (b *burst) end() {
+	for _, f := range b.files {
+		f.file.drop()
+	}
+	for _, h := range b.pinned {
+		b.s.pins.unpin(h)
+	}
+	for _, id := range b.held {
+		b.s.segs.unhold(id)
+	}
+	b.lease.Release()
+	b.held = nil
+	b.files, b.pinned, b.req.frames = nil, nil, nil
+}
+
+// stray remembers a file in blobs that no record names yet.
+func (s *Store) stray(h sum) {
+	s.straysMu.Lock()
+	defer s.straysMu.Unlock()
+	s.strays[h] = true
+}
+
+// unstray forgets a file that a record names now.
+func (s *Store) unstray(h sum) {
+	s.straysMu.Lock()
+	defer s.straysMu.Unlock()
+	delete(s.strays, h)
+}

@@ -1,0 +1,228 @@
+package store
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"hash"
+	"hash/crc32"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"nbd/nixproto/nar"
+)
+
+// smallNAR is the size up to which NARs lie in segments.
+const smallNAR = 64 << 10
+
+// writeback is after how many bytes of a file the kernel is told to begin
+// writing, so that the sync at the end finds little to do and dirty pages do
+// not pile up.
+const writeback = 8 << 20
+
+// An ingest takes one NAR in pieces: it parses it strictly, hashes it and hands
+// it on, in one pass. It is used by one goroutine.
+type ingest struct {
+	parser *nar.Parser
+	hash   hash.Hash
+	check  *contentCheck // nil if nothing is known of the content
+	to     io.Writer
+}
+
+func newIngest(to io.Writer) *ingest {
+	return &ingest{parser: nar.NewParser(nar.Limits{}), hash: sha256.New(), to: to}
+}
+
+// Write takes bytes of the NAR. It refuses malformed ones, and any after the
+// end, with ErrInvalid.
+func (in *ingest) Write(p []byte) (int, error) {
+	n, err := in.parser.Feed(p)
+	if err != nil {
+		return 0, fmt.Errorf("%w NAR: %w", ErrInvalid, err)
+	}
+	if n < len(p) {
+		return 0, fmt.Errorf("%w NAR: bytes after its end", ErrInvalid)
+	}
+	in.hash.Write(p)
+	if in.check != nil {
+		if _, err := in.check.Write(p); err != nil {
+			return 0, err
+		}
+	}
+	return in.to.Write(p)
+}
+
+// finish says that no more comes, and returns the NAR's hash.
+func (in *ingest) finish() (h sum, err error) {
+	if err := in.parser.Close(); err != nil {
+		return h, fmt.Errorf("%w NAR: %w", ErrInvalid, err)
+	}
+	in.hash.Sum(h[:0])
+	return h, nil
+}
+
+// A narSource is a stream that hands out what it holds without copying.
+// *nixproto.Reader is one.
+type narSource interface {
+	// Peek waits for bytes and returns those that are there, one at least.
+	// They stay until the next call.
+	Peek() ([]byte, error)
+	// Discard takes n bytes of those that Peek returned.
+	Discard(n int)
+}
+
+// copyNAR hands exactly n bytes from r to in, and takes no more than that from
+// r.
+func copyNAR(in *ingest, r io.Reader, n uint64) error {
+	src, ok := r.(narSource)
+	if !ok {
+		src = &peeker{r: r, left: n}
+	}
+	for n > 0 {
+		b, err := src.Peek()
+		if err != nil {
+			if err == io.EOF {
+				err = io.ErrUnexpectedEOF
+			}
+			return fmt.Errorf("read NAR: %w", err)
+		}
+		b = b[:min(uint64(len(b)), n)]
+		if _, err := in.Write(b); err != nil {
+			return err
+		}
+		src.Discard(len(b))
+		n -= uint64(len(b))
+	}
+	return nil
+}
+
+// A peeker makes a narSource of a Reader; it reads at most left bytes from it.
+type peeker struct {
+	r    io.Reader
+	left uint64
+	buf  []byte
+	have []byte
+}
+
+func (p *peeker) Peek() ([]byte, error) {
+	if len(p.have) > 0 {
+		return p.have, nil
+	}
+	if p.buf == nil {
+		p.buf = make([]byte, min(p.left, 512<<10))
+	}
+	for range 100 { // as many empty reads as bufio allows
+		n, err := p.r.Read(p.buf[:min(uint64(len(p.buf)), p.left)])
+		p.left -= uint64(n)
+		if p.have = p.buf[:n]; n > 0 {
+			return p.have, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return nil, io.ErrNoProgress
+}
+
+func (p *peeker) Discard(n int) { p.have = p.have[n:] }
+
+// A blobFile is a NAR on its way into a file of its own.
+type blobFile struct {
+	store   *Store
+	f       *os.File
+	path    string
+	size    int64 // bytes of the NAR written
+	started int64 // up to where the kernel was told to write
+	err     error // of a write; the file is of no use then
+}
+
+// newBlobFile creates a file in tmp.
+func (s *Store) newBlobFile() (*blobFile, error) {
+	path := filepath.Join(s.dir, "tmp", strconv.FormatUint(s.tmpNames.Add(1), 10))
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("create blob: %w", diskError(err))
+	}
+	return &blobFile{store: s, f: f, path: path}, nil
+}
+
+// Write implements io.Writer.
+func (b *blobFile) Write(p []byte) (int, error) {
+	if b.err != nil {
+		return 0, b.err
+	}
+	n, err := b.f.Write(p)
+	if b.size += int64(n); err != nil {
+		b.err = fmt.Errorf("write blob: %w", diskError(err))
+		return n, b.err
+	}
+	if b.size-b.started >= writeback {
+		if b.err = b.store.room(0); b.err != nil {
+			return n, b.err
+		}
+		b.startWriteback()
+	}
+	return n, nil
+}
+
+// startWriteback tells the kernel to begin writing. That it does not matters
+// to nobody but the sync.
+func (b *blobFile) startWriteback() {
+	_ = unix.SyncFileRange(int(b.f.Fd()), b.started, b.size-b.started, unix.SYNC_FILE_RANGE_WRITE)
+	b.started = b.size
+}
+
+// finish writes the index behind the NAR and returns the blob's record.
+func (b *blobFile) finish(x nar.Index) (blobRecord, error) {
+	at := blobRecord{size: b.size}
+	if b.err != nil {
+		return at, b.err
+	}
+	index, err := encodeIndex(x)
+	if err != nil {
+		return at, err
+	}
+	if _, err := b.f.Write(index); err != nil {
+		b.err = fmt.Errorf("write index: %w", diskError(err))
+		return at, b.err
+	}
+	at.indexLen, at.indexCRC = int64(len(index)), crc32.Checksum(index, castagnoli)
+	if err := b.f.Chmod(0o400); err != nil {
+		return at, fmt.Errorf("write blob: %w", err)
+	}
+	return at, nil
+}
+
+// encodeIndex returns the encoding of x.
+func encodeIndex(x nar.Index) ([]byte, error) {
+	b, err := x.AppendBinary(nil)
+	if err != nil {
+		return nil, fmt.Errorf("encode index: %w", err)
+	}
+	return b, nil
+}
+
+// drop removes the file, unless it was placed.
+func (b *blobFile) drop() {
+	if b.path == "" {
+		return
+	}
+	_ = b.f.Close() // it may be closed already
+	if err := os.Remove(b.path); err != nil {
+		b.store.log.Warn("remove temporary file", "error", err)
+	}
+	b.path = ""
+}
+
+// place moves the synced file to the name of its content. The directory is yet
+// to be synced.
+func (b *blobFile) place(h sum) error {
+	if err := os.Rename(b.path, b.store.blobPath(h)); err != nil {
+		return fmt.Errorf("place blob: %w", diskError(err))
+	}
+	b.path = ""
+	return nil
+}

@@ -1,0 +1,92 @@
+package store
+
+import (
+	"sync"
+
+	"nbd/nixproto"
+)
+
+// leases count who uses which path.
+type leases struct {
+	// deleting is held for writing while paths are deleted, from the look at
+	// who uses them until they are gone, and for reading while a lease grows:
+	// a path that is found valid under a lease stays.
+	deleting sync.RWMutex
+
+	mu    sync.Mutex
+	count map[viewPath]int
+}
+
+// A Lease keeps paths, with their closures, from deletion and collection until
+// Release. Its methods are safe for concurrent use.
+type Lease struct {
+	leases  *leases
+	account AccountID
+
+	mu    sync.Mutex
+	paths map[nixproto.StorePath]bool // nil after Release
+}
+
+// NewLease returns an empty lease on paths of the account's view.
+func (s *Store) NewLease(a AccountID) *Lease {
+	return &Lease{leases: &s.leases, account: a, paths: make(map[nixproto.StorePath]bool)}
+}
+
+// Add puts paths under the lease. They need not be valid: to be sure of a path,
+// lease it first and ask whether it is valid then. After Release it does
+// nothing.
+func (l *Lease) Add(paths ...nixproto.StorePath) {
+	l.leases.deleting.RLock()
+	defer l.leases.deleting.RUnlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.paths == nil {
+		return
+	}
+	l.leases.mu.Lock()
+	defer l.leases.mu.Unlock()
+	if l.leases.count == nil {
+		l.leases.count = make(map[viewPath]int)
+	}
+	for _, p := range paths {
+		if !l.paths[p] {
+			l.paths[p] = true
+			l.leases.count[viewPath{l.account, p}]++
+		}
+	}
+}
+
+// Release ends the lease.
+func (l *Lease) Release() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.leases.mu.Lock()
+	defer l.leases.mu.Unlock()
+	for p := range l.paths {
+		k := viewPath{l.account, p}
+		if l.leases.count[k]--; l.leases.count[k] <= 0 {
+			delete(l.leases.count, k)
+		}
+	}
+	l.paths = nil
+}
+
+// leased reports whether somebody uses a path.
+func (l *leases) leased(a AccountID, p nixproto.StorePath) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.count[viewPath{a, p}] > 0
+}
+
+// of returns the paths of a view that are leased.
+func (l *leases) of(a AccountID) []nixproto.StorePath {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var paths []nixproto.StorePath
+	for k := range l.count {
+		if k.account == a {
+			paths = append(paths, k.path)
+		}
+	}
+	return paths
+}

@@ -1,0 +1,114 @@
+package store
+
+import (
+	"fmt"
+
+	bolt "go.etcd.io/bbolt"
+
+	"nbd/nixproto"
+)
+
+// A view is the bucket of an account's view in one transaction.
+type view struct {
+	account                                  AccountID
+	paths, referrers, derivers, realisations *bolt.Bucket
+}
+
+// openView returns the view of an account, or ErrNotFound.
+func openView(tx *bolt.Tx, a AccountID) (*view, error) {
+	b := tx.Bucket(bucketViews).Bucket(idKey(uint64(a)))
+	if b == nil {
+		return nil, fmt.Errorf("account %d: %w", a, ErrNotFound)
+	}
+	return &view{a, b.Bucket(viewPaths), b.Bucket(viewReferrers), b.Bucket(viewDerivers), b.Bucket(viewRealisations)}, nil
+}
+
+// createView makes the buckets of a new account's view.
+func createView(tx *bolt.Tx, a AccountID) error {
+	b, err := tx.Bucket(bucketViews).CreateBucket(idKey(uint64(a)))
+	if err != nil {
+		return err
+	}
+	for _, name := range [][]byte{viewPaths, viewReferrers, viewDerivers, viewRealisations} {
+		if _, err := b.CreateBucket(name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// get returns the record of a path; nil if it is not in the view.
+func (v *view) get(p nixproto.StorePath) (*record, error) {
+	b := v.paths.Get([]byte(p.Base()))
+	if b == nil {
+		return nil, nil
+	}
+	return decodeRecord(p, b)
+}
+
+// want returns the record of a path, or ErrNotFound.
+func (v *view) want(p nixproto.StorePath) (*record, error) {
+	r, err := v.get(p)
+	if err == nil && r == nil {
+		err = fmt.Errorf("path %s: %w", p, ErrNotFound)
+	}
+	return r, err
+}
+
+// has reports whether a path is in the view.
+func (v *view) has(p nixproto.StorePath) bool { return v.paths.Get([]byte(p.Base())) != nil }
+
+// put writes the record of a path over the one that is there, if any, and
+// keeps the indexes in step.
+func (v *view) put(r *record) error {
+	if err := v.remove(r.Path); err != nil {
+		return err
+	}
+	rec, err := appendRecord(nil, r)
+	if err != nil {
+		return err
+	}
+	base := r.Path.Base()
+	if err := v.paths.Put([]byte(base), rec); err != nil {
+		return err
+	}
+	for _, ref := range r.References {
+		if err := v.referrers.Put(pairKey(ref.Base(), base), nil); err != nil {
+			return err
+		}
+	}
+	for _, out := range r.outputs {
+		if err := v.derivers.Put(pairKey(out, base), nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// remove takes a path out of the view, if it is there.
+func (v *view) remove(p nixproto.StorePath) error {
+	r, err := v.get(p)
+	if err != nil || r == nil {
+		return err
+	}
+	base := p.Base()
+	for _, ref := range r.References {
+		if err := v.referrers.Delete(pairKey(ref.Base(), base)); err != nil {
+			return err
+		}
+	}
+	for _, out := range r.outputs {
+		if err := v.derivers.Delete(pairKey(out, base)); err != nil {
+			return err
+		}
+	}
+	return v.paths.Delete([]byte(base))
+}
+
+// each calls f with every path of the view, sorted, and its encoded record,
+// which is valid within the transaction.
+func (v *view) each(f func(p nixproto.StorePath, rec []byte) error) error {
+	return v.paths.ForEach(func(k, rec []byte) error {
+		return f(nixproto.StorePath(storePrefix+string(k)), rec)
+	})
+}
