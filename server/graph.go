@@ -1,22 +1,536 @@
 package server
 
 import (
+	"cmp"
 	"context"
+	"fmt"
+	"maps"
+	"slices"
 
 	"nbd/nixproto"
 )
 
+// A graph is what one request for derived paths needs: derivations whose
+// outputs are wanted, and those that they depend on as far as those have to be
+// built. It is planned from the wanted ones down, then built from the leaves
+// up. Nothing recurses; chains may be as long as they like.
+type graph struct {
+	b      *Builds
+	s      *Session
+	limits Limits
+	mode   nixproto.BuildMode // of what was asked for itself; inputs are built normally
+	memo   *drvMemo
+	nodes  map[nixproto.StorePath]*node
+	todo   []*node // to be planned, or planned again for further outputs
+}
+
+// A node is one derivation of a graph.
+type node struct {
+	path   nixproto.StorePath
+	drv    *nixproto.Derivation // nil if it could not be read
+	hash   nixproto.Hash        // zero until something needs it
+	top    bool                 // it was asked for, not only needed
+	wanted map[string]bool      // outputs, not all of them if it is not to be built
+
+	// paths are those of the outputs that are known to be valid.
+	paths map[string]nixproto.StorePath
+	// absent says that the derivation itself is not in the view.
+	absent bool
+	// build says that not all wanted outputs are valid.
+	build bool
+	// deps are the derivations that it depends on; complete only if build.
+	deps []*node
+
+	// For the building:
+	users  []*node
+	waits  int   // deps that are not done
+	failed *node // one dep that failed
+	broken int   // how many did
+	done   bool
+	result *nixproto.BuildResult // set with done, or by a refusal when it was planned
+}
+
+func (b *Builds) newGraph(s *Session, mode nixproto.BuildMode, limits Limits) *graph {
+	return &graph{b: b, s: s, mode: mode, limits: limits, memo: b.drvs.of(s.account()), nodes: make(map[nixproto.StorePath]*node)}
+}
+
 // BuildPaths implements Builder.
 func (b *Builds) BuildPaths(ctx context.Context, s *Session, req *PathsRequest, log LogSink) ([]nixproto.KeyedBuildResult, error) {
-	return nil, errEnding
+	results := make([]nixproto.KeyedBuildResult, len(req.Paths))
+	limits, err := b.limits(s.Env, req.Limits)
+	if err != nil {
+		for i, p := range req.Paths {
+			results[i] = nixproto.KeyedBuildResult{Path: p, BuildResult: *failed(nixproto.InputRejected, err)}
+		}
+		return results, nil
+	}
+	g := b.newGraph(s, req.Mode, limits)
+	if err := g.plan(ctx, req.Paths); err != nil {
+		return nil, err
+	}
+	if err := g.check(ctx); err != nil {
+		return nil, err
+	}
+	if err := g.run(ctx, log); err != nil {
+		return nil, err
+	}
+	for i, p := range req.Paths {
+		result, err := g.resultOf(ctx, p)
+		if err != nil {
+			return nil, err
+		}
+		results[i] = nixproto.KeyedBuildResult{Path: p, BuildResult: *result}
+	}
+	return results, nil
 }
 
 // Missing implements Builder.
 func (b *Builds) Missing(ctx context.Context, s *Session, paths []nixproto.DerivedPath) (*Missing, error) {
-	return nil, errEnding
+	g := b.newGraph(s, nixproto.BuildNormal, Limits{})
+	if err := g.plan(ctx, paths); err != nil {
+		return nil, err
+	}
+	m := &Missing{}
+	for _, p := range paths {
+		if p.Built() {
+			if n := g.nodes[p.Path]; n.absent {
+				m.Unknown = append(m.Unknown, n.path)
+			}
+			continue
+		}
+		valid, err := b.store.Valid(ctx, s.account(), []nixproto.StorePath{p.Path})
+		if err != nil {
+			return nil, err
+		}
+		if len(valid) == 0 {
+			m.Unknown = append(m.Unknown, p.Path)
+		}
+	}
+	for _, n := range g.nodes {
+		if n.build {
+			m.WillBuild = append(m.WillBuild, n.path)
+		}
+	}
+	slices.Sort(m.WillBuild)
+	slices.Sort(m.Unknown)
+	m.Unknown = slices.Compact(m.Unknown)
+	return m, nil
 }
 
 // OutputMap implements Builder.
-func (b *Builds) OutputMap(ctx context.Context, s *Session, drv nixproto.StorePath) (map[string]nixproto.StorePath, error) {
-	return nil, errEnding
+func (b *Builds) OutputMap(ctx context.Context, s *Session, path nixproto.StorePath) (map[string]nixproto.StorePath, error) {
+	drv, err := b.readDrv(ctx, s.account(), path)
+	if err != nil {
+		return nil, err
+	}
+	g := b.newGraph(s, nixproto.BuildNormal, Limits{})
+	n := &node{path: path, drv: drv}
+	outputs := make(map[string]nixproto.StorePath, len(drv.Outputs))
+	for name, out := range drv.Outputs {
+		if outputs[name] = out.Path; out.Path != "" {
+			continue
+		}
+		if err := g.hashOf(ctx, n); err != nil {
+			return nil, err
+		}
+		real, err := b.store.Realisation(ctx, s.account(), n.hash, name)
+		if notThere(err) {
+			continue
+		} else if err != nil {
+			return nil, err
+		}
+		outputs[name] = real.OutPath
+	}
+	return outputs, nil
+}
+
+// plan finds out which derivations have to be built for the wanted paths.
+func (g *graph) plan(ctx context.Context, wanted []nixproto.DerivedPath) error {
+	for _, p := range wanted {
+		if !p.Built() {
+			continue
+		}
+		n, err := g.want(ctx, p.Path, p.Outputs, p.AllOutputs)
+		if err != nil {
+			return err
+		}
+		n.top = true
+	}
+	for len(g.todo) > 0 {
+		n := g.todo[len(g.todo)-1]
+		g.todo = g.todo[:len(g.todo)-1]
+		if err := g.planOne(ctx, n); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// want says that outputs of a derivation are wanted, and returns its node.
+func (g *graph) want(ctx context.Context, path nixproto.StorePath, outputs []string, all bool) (*node, error) {
+	n := g.nodes[path]
+	if n == nil {
+		n = &node{path: path, wanted: make(map[string]bool)}
+		g.nodes[path] = n
+		if err := g.load(ctx, n); err != nil {
+			return nil, err
+		}
+	}
+	if n.drv == nil {
+		return n, nil
+	}
+	if all {
+		outputs = n.drv.OutputNames()
+	}
+	more := false
+	for _, name := range outputs {
+		if !n.wanted[name] {
+			n.wanted[name], more = true, true
+		}
+	}
+	if more && !n.build && n.result == nil {
+		g.todo = append(g.todo, n)
+	}
+	return n, nil
+}
+
+// load reads the derivation of n; one that is no good is n's result.
+func (g *graph) load(ctx context.Context, n *node) error {
+	drv, err := g.b.readDrv(ctx, g.s.account(), n.path)
+	n.drv = drv
+	switch {
+	case err == nil:
+		_, err := drv.Kind()
+		if err != nil {
+			n.result = failed(nixproto.InputRejected, err)
+		}
+		return nil
+	case notThere(err):
+		n.absent = true
+		n.result = failed(nixproto.MiscFailure, notValid(n.path))
+		return nil
+	case isRefusal(err):
+		n.result = failed(nixproto.InputRejected, err)
+		return nil
+	}
+	return err
+}
+
+// planOne decides whether n has to be built, and wants what it depends on then.
+func (g *graph) planOne(ctx context.Context, n *node) error {
+	if err := ctx.Err(); err != nil {
+		return context.Cause(ctx)
+	}
+	if n.build || n.result != nil {
+		return nil
+	}
+	if floats(n.drv) {
+		if err := g.hashOf(ctx, n); err != nil || n.result != nil {
+			return err
+		}
+	}
+	known, err := g.b.findOutputs(ctx, g.s, n.drv, n.hash)
+	if err != nil {
+		return err
+	}
+	n.paths = known.paths
+	for name := range n.wanted {
+		if _, ok := n.drv.Outputs[name]; !ok {
+			n.result = failed(nixproto.MiscFailure, refusef("derivation '%s' has no output '%s'", n.path, name))
+			return nil
+		}
+		n.build = n.build || n.paths[name] == ""
+	}
+	n.build = n.build || n.top && g.mode != nixproto.BuildNormal
+	if !n.build {
+		return nil
+	}
+	for _, path := range slices.Sorted(maps.Keys(n.drv.InputDrvs)) {
+		dep, err := g.want(ctx, path, n.drv.InputDrvs[path], false)
+		if err != nil {
+			return err
+		}
+		n.deps = append(n.deps, dep)
+	}
+	return nil
+}
+
+// floats reports whether paths of outputs have to be looked up.
+func floats(drv *nixproto.Derivation) bool {
+	kind, err := drv.Kind()
+	return err == nil && kind != nixproto.InputAddressed && kind != nixproto.FixedOutput
+}
+
+// hashOf finds the hash modulo of n. One that cannot be computed is n's result.
+func (g *graph) hashOf(ctx context.Context, n *node) error {
+	if !n.hash.IsZero() {
+		return nil
+	}
+	return g.hashing(ctx, n, func(m *nixproto.Modulo) (err error) {
+		n.hash, err = m.RealisationHash(n.drv)
+		return err
+	})
+}
+
+// hashing calls f with what computes hashes. An error of its own, of a
+// derivation that is not as it should be, is n's result.
+func (g *graph) hashing(ctx context.Context, n *node, f func(*nixproto.Modulo) error) error {
+	var fault error // of our own, or of ctx
+	lookup := func(p nixproto.StorePath) (*nixproto.Derivation, error) {
+		if fault = context.Cause(ctx); fault != nil {
+			return nil, fault
+		}
+		if known := g.nodes[p]; known != nil && known.drv != nil {
+			return known.drv, nil
+		}
+		drv, err := g.b.readDrv(ctx, g.s.account(), p)
+		if err != nil && !notThere(err) && !isRefusal(err) {
+			fault = err
+		}
+		return drv, err
+	}
+	err := g.memo.use(lookup, f)
+	if fault != nil {
+		return fault
+	}
+	if err != nil {
+		n.result = failed(nixproto.InputRejected, refusef("cannot build '%s': %v", n.path, err))
+	}
+	return nil
+}
+
+// check refuses nodes that are not built here, or whose output paths are not
+// their own.
+func (g *graph) check(ctx context.Context) error {
+	for _, n := range g.nodes {
+		if n.result != nil || !n.build && !n.top {
+			continue
+		}
+		if err := g.hashOf(ctx, n); err != nil {
+			return err
+		}
+		if n.result != nil || !n.build {
+			continue
+		}
+		if err := checkOffered(n.path, n.drv, g.b.cfg.Systems, g.b.cfg.Features); err != nil {
+			n.result = failed(nixproto.InputRejected, err)
+			continue
+		}
+		if err := g.hashing(ctx, n, func(m *nixproto.Modulo) error { return m.Check(n.drv) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// maxParallel bounds how many builds of one request are under way or in the
+// queue at once; the rest waits here, without taking part in the queue.
+const maxParallel = 64
+
+// run builds what has to be built, dependencies first.
+func (g *graph) run(ctx context.Context, log LogSink) error {
+	var ready []*node
+	expected := uint64(0)
+	for _, n := range g.nodes {
+		if !n.build {
+			n.done = true
+			continue
+		}
+		expected++
+	}
+	for _, n := range g.nodes {
+		if n.build && g.link(n) {
+			ready = append(ready, n)
+		}
+	}
+	if expected == 0 {
+		return nil
+	}
+	slices.SortFunc(ready, func(a, b *node) int { return cmp.Compare(a.path, b.path) })
+
+	type outcome struct {
+		n   *node
+		err error
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	outcomes := make(chan outcome)
+	var fault error
+	var finished, failures, running uint64
+	for {
+		for len(ready) > 0 && running < maxParallel && fault == nil {
+			n := ready[0]
+			ready = ready[1:]
+			if !g.startable(n) {
+				finished, failures = finished+1, failures+1
+				ready = append(ready, n.finish()...)
+				continue
+			}
+			running++
+			go func() {
+				result, err := g.buildNode(ctx, n, log)
+				n.result = result
+				outcomes <- outcome{n, err}
+			}()
+		}
+		if running == 0 {
+			break
+		}
+		log.Progress(finished, expected, running, failures)
+		o := <-outcomes
+		running--
+		if o.err != nil {
+			if fault == nil {
+				fault = o.err
+				cancel(fault)
+			}
+			continue
+		}
+		finished++
+		if !o.n.result.Status.Success() {
+			failures++
+		}
+		ready = append(ready, o.n.finish()...)
+	}
+	if fault != nil {
+		return fault
+	}
+	log.Progress(finished, expected, 0, failures)
+	return nil
+}
+
+// link makes n a user of what it depends on, and reports whether it waits for
+// nothing.
+func (g *graph) link(n *node) (ready bool) {
+	if n.result != nil { // refused
+		return true
+	}
+	for _, dep := range n.deps {
+		switch {
+		case dep.build:
+			dep.users = append(dep.users, n)
+			n.waits++
+		case dep.result != nil:
+			n.failed = dep
+			n.broken++
+		}
+	}
+	return n.waits == 0
+}
+
+// startable reports whether n can be built; if not it has a result then.
+func (g *graph) startable(n *node) bool {
+	if n.result != nil {
+		return false
+	}
+	if n.failed == nil {
+		return true
+	}
+	what := "1 dependency"
+	if n.broken > 1 {
+		what = fmt.Sprintf("%d dependencies", n.broken)
+	}
+	n.result = failed(nixproto.DependencyFailed, refusef("cannot build '%s': %s failed, for example '%s':\n%s",
+		n.path, what, n.failed.path, firstCause(n.failed)))
+	return false
+}
+
+// firstCause returns the message of the dependency that a failure began with.
+func firstCause(n *node) string {
+	for n.failed != nil {
+		n = n.failed
+	}
+	return n.result.Error
+}
+
+// finish tells the users of n that it is done, and returns those that can go on.
+func (n *node) finish() (ready []*node) {
+	n.done = true
+	if n.result.Status.Success() {
+		n.paths = make(map[string]nixproto.StorePath, len(n.result.Outputs))
+		for name, real := range n.result.Outputs {
+			n.paths[name] = real.OutPath
+		}
+	}
+	for _, user := range n.users {
+		if !n.result.Status.Success() {
+			user.failed = n
+			user.broken++
+		}
+		if user.waits--; user.waits == 0 {
+			ready = append(ready, user)
+		}
+	}
+	return ready
+}
+
+// buildNode builds a node whose dependencies are valid.
+func (g *graph) buildNode(ctx context.Context, n *node, log LogSink) (*nixproto.BuildResult, error) {
+	static := true
+	drv, err := n.drv.Resolve(func(path nixproto.StorePath, name string) (nixproto.StorePath, error) {
+		dep := g.nodes[path]
+		static = static && !floats(dep.drv)
+		if p := dep.paths[name]; p != "" {
+			return p, nil
+		}
+		return "", refusef("'%s' has no output '%s'", path, name)
+	})
+	if err != nil {
+		return failed(nixproto.InputRejected, err), nil
+	}
+	j := &job{account: g.s.account(), drvPath: n.path, drv: drv, limits: g.limits, hash: n.hash}
+	if n.top {
+		j.mode = g.mode
+	}
+	if floats(n.drv) || !static {
+		if j.resolved, err = nixproto.NewModulo(nil).RealisationHash(drv); err == nil {
+			j.scratchDrv, err = drv.DrvPath()
+		}
+		if err != nil {
+			return failed(nixproto.InputRejected, err), nil
+		}
+	}
+	if err := checkShape(n.path, drv); err != nil {
+		return failed(nixproto.InputRejected, refusef("cannot build '%s': %v", n.path, err)), nil
+	}
+	result, err := g.b.build(ctx, g.s, j, log)
+	if err != nil || result.Status != nixproto.AlreadyValid || j.resolved.IsZero() || !floats(n.drv) {
+		return result, err
+	}
+	// Another derivation resolved to the same one and was built: that is true of
+	// this one too.
+	paths := make(map[string]nixproto.StorePath, len(result.Outputs))
+	for name, real := range result.Outputs {
+		paths[name] = real.OutPath
+	}
+	result.Status = nixproto.ResolvesToAlreadyValid
+	return result, g.b.realise(ctx, j, paths)
+}
+
+// resultOf returns the result of one wanted path.
+func (g *graph) resultOf(ctx context.Context, p nixproto.DerivedPath) (*nixproto.BuildResult, error) {
+	if !p.Built() {
+		g.s.Keep(p.Path)
+		valid, err := g.b.store.Valid(ctx, g.s.account(), []nixproto.StorePath{p.Path})
+		if err != nil {
+			return nil, err
+		}
+		if len(valid) == 0 {
+			return failed(nixproto.NoSubstituters, refusef("path '%s' is not valid, and this server cannot make it", p.Path)), nil
+		}
+		return &nixproto.BuildResult{Status: nixproto.AlreadyValid}, nil
+	}
+	n := g.nodes[p.Path]
+	result := nixproto.BuildResult{Status: nixproto.AlreadyValid, Outputs: builtOutputs(n.hash, n.paths)}
+	switch {
+	case n.result != nil:
+		result = *n.result
+	case n.build:
+		result = *failed(nixproto.MiscFailure, refusef("cannot build '%s': it depends on itself", n.path))
+	}
+	if !p.AllOutputs {
+		result.Outputs = maps.Clone(result.Outputs)
+		maps.DeleteFunc(result.Outputs, func(name string, _ nixproto.Realisation) bool { return !slices.Contains(p.Outputs, name) })
+	}
+	return &result, nil
 }

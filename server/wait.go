@@ -1,0 +1,162 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"nbd/nixproto"
+	"nbd/reuse"
+)
+
+// wait shows a flight to one who waits for it, from its beginning, and returns
+// its end. Limits that are stricter than those the flight runs under end the
+// waiting alone, unless nobody else waits.
+func (b *Builds) wait(ctx context.Context, w *waiter, j *job, started bool, sink LogSink) (end *ending, err error) {
+	var why error // of leaving
+	defer func() { w.Leave(why) }()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+
+	stop := func() {}
+	defer func() { stop() }()
+	show := func(text string) {
+		stop()
+		stop = sink.StartWait(j.drvPath, text)
+	}
+	if !started {
+		sink.Note(fmt.Sprintf("'%s' is being built already; waiting for that", j.drvPath))
+	}
+	for {
+		event, end, ok, err := w.Next(ctx)
+		if err == nil && event.attempt != nil {
+			stop()
+			stop = func() {}
+			err = b.follow(ctx, cancel, event.attempt, j, sink)
+		}
+		var limit *limitReached
+		if errors.As(err, &limit) {
+			why = limit
+			return limit.ending(), nil
+		}
+		switch {
+		case err != nil:
+			return nil, err
+		case !ok:
+			return end, nil
+		case event.place != "":
+			show(event.place)
+		case event.note != "":
+			sink.Note(event.note)
+		}
+	}
+}
+
+// follow shows the log of an attempt until it ends. Its error is ctx's cause:
+// a *limitReached if the run passed a limit of j's.
+func (b *Builds) follow(ctx context.Context, cancel context.CancelCauseFunc, a *attempt, j *job, sink LogSink) error {
+	stop := watchLimits(a, j, cancel)
+	defer stop()
+	log, err := b.store.OpenBuildLog(ctx, a.record.ID)
+	if err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		b.cfg.Logger.Error("build log is lost", "build", a.record.ID, "error", err)
+		return nil
+	}
+	defer log.Close()
+	out := sink.StartBuild(j.drvPath)
+	defer out.Stop()
+	_, err = io.Copy(out, log)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err != nil {
+		b.cfg.Logger.Error("build log is lost", "build", a.record.ID, "error", err)
+	}
+	return nil
+}
+
+// A limitReached says that a run passed a limit of somebody who waits for it.
+type limitReached struct {
+	status  reuse.Status
+	code    nixproto.BuildStatus
+	message string
+	limits  Limits
+}
+
+func (e *limitReached) Error() string { return e.message }
+
+// ending is the end for whoever set the limit.
+func (e *limitReached) ending() *ending {
+	return &ending{status: e.status, code: e.code, message: e.message, limits: e.limits}
+}
+
+// watchLimits calls cancel with a *limitReached as soon as the run passes a
+// limit of j that is stricter than those that the guest itself watches. The
+// time counts from when the guest was started. Stop ends the watch and waits
+// for it.
+func watchLimits(a *attempt, j *job, cancel context.CancelCauseFunc) (stop func()) {
+	own := Limits{}
+	if stricter(j.limits.Timeout, a.limits.Timeout) {
+		own.Timeout = j.limits.Timeout
+	}
+	if stricter(j.limits.MaxSilent, a.limits.MaxSilent) {
+		own.MaxSilent = j.limits.MaxSilent
+	}
+	if stricter(j.limits.MaxLogSize, a.limits.MaxLogSize) {
+		own.MaxLogSize = j.limits.MaxLogSize
+	}
+	if own == (Limits{}) {
+		return func() {}
+	}
+	quit, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			reached, next := passed(a.log, j.drvPath, own, time.Now())
+			if reached != nil {
+				reached.limits = j.limits
+				cancel(reached)
+				return
+			}
+			timer := time.NewTimer(next)
+			select {
+			case <-timer.C:
+			case <-quit:
+				timer.Stop()
+				return
+			}
+		}
+	}()
+	return func() { close(quit); <-done }
+}
+
+// passed returns which of the limits l a run has passed, or when to look again.
+func passed(log *runLog, drv nixproto.StorePath, l Limits, now time.Time) (*limitReached, time.Duration) {
+	next := time.Hour
+	if l.MaxLogSize > 0 {
+		if log.size.Load() > l.MaxLogSize {
+			return &limitReached{status: reuse.LogLimit, code: nixproto.LogLimitExceeded, message: logTooLong(drv, l)}, 0
+		}
+		next = time.Second // logs grow without telling
+	}
+	if l.Timeout > 0 {
+		left := log.started.Add(l.Timeout).Sub(now)
+		if left <= 0 {
+			return &limitReached{status: reuse.Timeout, code: nixproto.TimedOut, message: timedOut(drv, l)}, 0
+		}
+		next = min(next, left)
+	}
+	if l.MaxSilent > 0 {
+		left := log.silentSince().Add(l.MaxSilent).Sub(now)
+		if left <= 0 {
+			return &limitReached{status: reuse.Timeout, code: nixproto.TimedOut, message: timedOutSilent(drv, l)}, 0
+		}
+		next = min(next, left)
+	}
+	return nil, next
+}
