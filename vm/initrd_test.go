@@ -1,0 +1,93 @@
+package vm
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestWriteInitrd(t *testing.T) {
+	dir := t.TempDir()
+	writeFiles(t, dir, map[string][]byte{"nbd": []byte("the program"), "busybox": []byte("sh")})
+	var b bytes.Buffer
+	modules := []module{{"virtio", []byte("v")}, {"erofs", []byte("ero")}}
+	if err := writeInitrd(&b, filepath.Join(dir, "nbd"), filepath.Join(dir, "busybox"), modules); err != nil {
+		t.Fatal(err)
+	}
+	if b.Len()%4 != 0 {
+		t.Errorf("%d bytes are not a multiple of four", b.Len())
+	}
+	got := map[string]string{}
+	err := readCpio(bytes.NewReader(b.Bytes()), func(name string, r io.Reader) error {
+		data, err := io.ReadAll(r)
+		got[name] = string(data)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]string{"init": "the program", "busybox": "sh", "modules/000-virtio.ko": "v", "modules/001-erofs.ko": "ero"}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestWriteInitrdMissing(t *testing.T) {
+	err := writeInitrd(io.Discard, filepath.Join(t.TempDir(), "none"), "", nil)
+	if !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("got %v", err)
+	}
+	if err := writeInitrd(io.Discard, t.TempDir(), "", nil); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestFindShell(t *testing.T) {
+	dynamic, err := exec.LookPath("ls")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct{ configured, want string }{
+		{dynamic, "not statically linked"},
+		{"/nonexistent/busybox", "there is no busybox /nonexistent/busybox"},
+	} {
+		_, err := findShell(tt.configured)
+		var missing *MissingError
+		if !errors.As(err, &missing) || !strings.Contains(err.Error(), tt.want) || !strings.Contains(missing.Hint, "apt install busybox-static") {
+			t.Errorf("%s: %v", tt.configured, err)
+		}
+	}
+}
+
+func TestNamelessFile(t *testing.T) {
+	dir := t.TempDir()
+	f, sum, err := namelessFile(dir, func(w io.Writer) error {
+		_, err := io.WriteString(w, "abc")
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if sum != "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" {
+		t.Errorf("hash %s", sum)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Errorf("it has a name: %v, %v", left, err)
+	}
+	again, err := reopen(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	if data, err := io.ReadAll(again); err != nil || string(data) != "abc" {
+		t.Errorf("%q, %v", data, err)
+	}
+}

@@ -1,0 +1,445 @@
+package vm
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/klauspost/compress/zstd"
+	"github.com/ulikunitz/xz"
+)
+
+// koFile returns a kernel module that holds nothing but its .modinfo.
+func koFile(info ...string) []byte {
+	modinfo := []byte(strings.Join(info, "\x00") + "\x00")
+	names := []byte("\x00.modinfo\x00.shstrtab\x00")
+	var b bytes.Buffer
+	const head, section = 64, 64
+	put := func(v any) { binary.Write(&b, binary.LittleEndian, v) }
+	h := elf.Header64{Type: uint16(elf.ET_REL), Machine: uint16(elf.EM_X86_64), Version: 1,
+		Shoff: uint64(head + len(modinfo) + len(names)), Ehsize: head, Shentsize: section, Shnum: 3, Shstrndx: 2}
+	copy(h.Ident[:], "\x7fELF\x02\x01\x01")
+	put(h)
+	b.Write(modinfo)
+	b.Write(names)
+	put(elf.Section64{})
+	put(elf.Section64{Name: 1, Type: uint32(elf.SHT_PROGBITS), Off: head, Size: uint64(len(modinfo))})
+	put(elf.Section64{Name: 10, Type: uint32(elf.SHT_STRTAB), Off: uint64(head + len(modinfo)), Size: uint64(len(names))})
+	return b.Bytes()
+}
+
+// bzImage returns the start of a kernel image.
+func bzImage(release string) []byte {
+	b := make([]byte, 0x400)
+	b[0x1fe], b[0x1ff] = 0x55, 0xaa
+	copy(b[0x202:], "HdrS")
+	binary.LittleEndian.PutUint16(b[0x20e:], 0x100)
+	copy(b[0x300:], release+" (someone@somewhere) #1 SMP")
+	return b
+}
+
+func compress(t testing.TB, ext string, data []byte) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	var w io.WriteCloser
+	var err error
+	switch ext {
+	case ".xz":
+		w, err = xz.NewWriter(&b)
+	case ".zst":
+		w, err = zstd.NewWriter(&b)
+	case ".gz":
+		w = gzip.NewWriter(&b)
+	default:
+		return data
+	}
+	if err == nil {
+		_, err = w.Write(data)
+	}
+	if err = errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+func writeFiles(t testing.TB, dir string, files map[string][]byte) {
+	t.Helper()
+	for name, data := range files {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, data, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// kernelFiles is a small kernel as packages hold it.
+func kernelFiles(release, ext string, t testing.TB) map[string][]byte {
+	base := "lib/modules/" + release + "/kernel/"
+	return map[string][]byte{
+		"boot/vmlinuz-" + release:                    bzImage(release),
+		base + "fs/erofs/erofs.ko" + ext:             compress(t, ext, koFile("license=GPL", "depends=libcrc32c")),
+		base + "lib/libcrc32c.ko" + ext:              compress(t, ext, koFile("softdep=pre: crc32c", "depends=")),
+		base + "crypto/crc32c_generic.ko" + ext:      compress(t, ext, koFile("alias=crc32c")),
+		base + "drivers/virtio/virtio_pci.ko" + ext:  compress(t, ext, koFile("depends=virtio-ring,virtio")),
+		base + "drivers/virtio/virtio_ring.ko" + ext: compress(t, ext, koFile("depends=virtio")),
+		base + "drivers/virtio/virtio.ko" + ext:      compress(t, ext, koFile()),
+		base + "drivers/net/unused.ko" + ext:         compress(t, ext, koFile("depends=virtio")),
+		"usr/share/doc/linux/README":                 []byte("not a kernel"),
+	}
+}
+
+func names(modules []module) []string {
+	var out []string
+	for _, m := range modules {
+		out = append(out, m.name)
+	}
+	return out
+}
+
+func TestLoadModules(t *testing.T) {
+	want := []string{"virtio", "virtio_ring", "virtio_pci", "crc32c_generic", "libcrc32c", "erofs"}
+	for _, ext := range []string{"", ".xz", ".zst", ".gz"} {
+		t.Run("ko"+ext, func(t *testing.T) {
+			dir := t.TempDir()
+			writeFiles(t, dir, kernelFiles("6.1.0", ext, t))
+			modules, err := loadModules(filepath.Join(dir, "lib/modules/6.1.0"), guestModules)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(want, names(modules)); diff != "" {
+				t.Error(diff)
+			}
+			for _, m := range modules {
+				if !bytes.HasPrefix(m.data, []byte("\x7fELF")) {
+					t.Errorf("%s is not unpacked", m.name)
+				}
+			}
+		})
+	}
+}
+
+func TestLoadModulesDamaged(t *testing.T) {
+	for name, data := range map[string][]byte{
+		"erofs.ko":     []byte("not ELF"),
+		"erofs.ko.xz":  []byte("not xz"),
+		"erofs.ko.zst": []byte("not zstd"),
+		"erofs.ko.gz":  compress(t, ".gz", []byte("x"))[:5],
+	} {
+		dir := t.TempDir()
+		writeFiles(t, dir, map[string][]byte{name: data})
+		if _, err := loadModules(dir, guestModules); err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// Modules that need each other end up in some order, and nothing loops.
+func TestLoadModulesCycle(t *testing.T) {
+	dir := t.TempDir()
+	writeFiles(t, dir, map[string][]byte{
+		"erofs.ko": koFile("depends=a"), "a.ko": koFile("depends=b,erofs"), "b.ko": koFile("softdep=pre: a post: c"), "c.ko": koFile(),
+	})
+	modules, err := loadModules(dir, []string{"erofs", "erofs", "a"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"b", "a", "erofs"}, names(modules)); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// debFile returns a Debian package with the given files.
+func debFile(t testing.TB, ext string, files map[string][]byte) []byte {
+	t.Helper()
+	var data bytes.Buffer
+	w := tar.NewWriter(&data)
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		if err := w.WriteHeader(&tar.Header{Name: "./" + name, Mode: 0o644, Size: int64(len(files[name])), Format: tar.FormatGNU}); err != nil {
+			t.Fatal(err)
+		}
+		w.Write(files[name])
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	b := bytes.NewBufferString("!<arch>\n")
+	for _, m := range []struct {
+		name string
+		data []byte
+	}{{"debian-binary", []byte("2.0\n")}, {"control.tar" + ext, []byte("odd")}, {"data.tar" + ext, compress(t, ext, data.Bytes())}} {
+		fmt.Fprintf(b, "%-16s%-12d%-6d%-6d%-8s%-10d`\n", m.name, 0, 0, 0, "100644", len(m.data))
+		b.Write(m.data)
+		if len(m.data)%2 == 1 {
+			b.WriteByte('\n')
+		}
+	}
+	return b.Bytes()
+}
+
+// rpmFile returns an RPM package with the given files.
+func rpmFile(t testing.TB, ext string, files map[string][]byte) []byte {
+	t.Helper()
+	var archive bytes.Buffer
+	c := &cpioWriter{w: &archive}
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		c.bytes("./"+name, 0o100644, files[name])
+	}
+	c.bytes("TRAILER!!!", 0, nil)
+	if c.err != nil {
+		t.Fatal(c.err)
+	}
+	b := make([]byte, 96)
+	copy(b, "\xed\xab\xee\xdb")
+	head := func(entries, size int) {
+		b = append(b, 0x8e, 0xad, 0xe8, 1, 0, 0, 0, 0)
+		b = binary.BigEndian.AppendUint32(b, uint32(entries))
+		b = binary.BigEndian.AppendUint32(b, uint32(size))
+		b = append(b, make([]byte, 16*entries+size)...)
+	}
+	head(2, 13)
+	b = append(b, 0, 0, 0) // the signature is aligned
+	head(3, 21)
+	return append(b, compress(t, ext, archive.Bytes())...)
+}
+
+func TestImportKernel(t *testing.T) {
+	const release = "6.1.0-56-cloud-amd64"
+	files := kernelFiles(release, "", t)
+	image, modules := map[string][]byte{}, map[string][]byte{}
+	for name, data := range files {
+		if strings.HasPrefix(name, "boot/") {
+			image["usr/lib/modules/"+release+"/vmlinuz"] = data
+		} else {
+			modules["usr/"+name] = data
+		}
+	}
+	for _, tt := range []struct {
+		name, from string
+		files      map[string][]byte
+	}{
+		{"deb, xz", "k.deb", map[string][]byte{"k.deb": debFile(t, ".xz", files)}},
+		{"deb, zstd", "k.deb", map[string][]byte{"k.deb": debFile(t, ".zst", kernelFiles(release, ".xz", t))}},
+		{"deb, gzip", "k.deb", map[string][]byte{"k.deb": debFile(t, ".gz", files)}},
+		{"deb, plain", "k.deb", map[string][]byte{"k.deb": debFile(t, "", files)}},
+		{"rpm, zstd", "k.rpm", map[string][]byte{"k.rpm": rpmFile(t, ".zst", files)}},
+		{"rpm, xz", "k.rpm", map[string][]byte{"k.rpm": rpmFile(t, ".xz", files)}},
+		{"rpm, plain", "k.rpm", map[string][]byte{"k.rpm": rpmFile(t, "", files)}},
+		{"unpacked package", ".", files},
+		{"split packages", ".", map[string][]byte{"linux-binary.deb": debFile(t, ".xz", image), "linux-modules.deb": debFile(t, ".zst", modules)}},
+		{"image and modules", ".", map[string][]byte{"bzImage": bzImage(release), "m/erofs.ko": koFile()}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			from, state := t.TempDir(), t.TempDir()
+			writeFiles(t, from, tt.files)
+			for range 2 { // the second replaces the first
+				k, err := ImportKernel(state, filepath.Join(from, tt.from))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if k.Name != release || !k.Imported {
+					t.Errorf("imported %+v", k)
+				}
+				if _, err := loadModules(k.Modules, guestModules); err != nil {
+					t.Error(err)
+				}
+				if got, err := imageRelease(k.Image); err != nil || got != release {
+					t.Errorf("image %q, %v", got, err)
+				}
+				list, err := Kernels(state)
+				if err != nil || len(list) < 1 || list[0] != k {
+					t.Errorf("list: %+v, %v", list, err)
+				}
+				if found, err := findKernel(state, release); err != nil || found != k {
+					t.Errorf("find: %+v, %v", found, err)
+				}
+			}
+			left, err := os.ReadDir(filepath.Join(state, kernelsDir))
+			if err != nil || len(left) != 1 {
+				t.Errorf("left in the state directory: %v, %v", left, err)
+			}
+		})
+	}
+}
+
+func TestImportKernelRefused(t *testing.T) {
+	good := kernelFiles("6.1.0", "", t)
+	two := kernelFiles("6.1.0", "", t)
+	two["boot/vmlinuz-6.12.0"] = bzImage("6.12.0")
+	for _, tt := range []struct {
+		name, file string
+		data       []byte
+		want       string
+	}{
+		{"no package", "k.deb", []byte("hello"), "not a Debian package"},
+		{"no package", "k.rpm", []byte("hello"), "not an RPM package"},
+		{"cut off", "k.deb", debFile(t, ".xz", good)[:500], ""},
+		{"cut off", "k.rpm", rpmFile(t, ".xz", good)[:500], ""},
+		{"no data", "k.deb", []byte("!<arch>\n"), "no data.tar"},
+		{"no image", "k.deb", debFile(t, "", map[string][]byte{"lib/a.ko": koFile()}), "no kernel image"},
+		{"no modules", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz-1": bzImage("6.1.0")}), "no kernel modules"},
+		{"two kernels", "k.deb", debFile(t, "", two), "several kernels"},
+		{"evil release", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": bzImage("6/../../x")}), "bad kernel release"},
+		{"hidden release", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": bzImage("..")}), "bad kernel release"},
+		{"not an image", "vmlinuz", []byte("hello"), "not an x86 kernel image"},
+	} {
+		t.Run(tt.name+" "+tt.file, func(t *testing.T) {
+			from, state := filepath.Join(t.TempDir(), tt.file), t.TempDir()
+			if err := os.WriteFile(from, tt.data, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			_, err := ImportKernel(state, from)
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Fatalf("got %v, want %q", err, tt.want)
+			}
+			if left, _ := os.ReadDir(filepath.Join(state, kernelsDir)); len(left) != 0 {
+				t.Errorf("left behind: %v", left)
+			}
+		})
+	}
+}
+
+// Names in a package lead nowhere.
+func TestImportKernelKeepsInside(t *testing.T) {
+	files := kernelFiles("6.1.0", "", t)
+	files["../../../../evil.ko"] = koFile()
+	dir := t.TempDir()
+	from, state := filepath.Join(dir, "k.deb"), filepath.Join(dir, "a/b/state")
+	writeFiles(t, dir, map[string][]byte{"k.deb": debFile(t, "", files)})
+	k, err := ImportKernel(state, from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(k.Modules, "evil.ko")); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestHostKernels(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		files []string
+		want  []string // images
+	}{
+		{"Debian", []string{"boot/vmlinuz-6.1.0-9-amd64", "lib/modules/6.1.0-9-amd64/kernel/a.ko",
+			"boot/vmlinuz-6.1.0-10-amd64", "lib/modules/6.1.0-10-amd64/kernel/a.ko", "lib/modules/5.0/kernel/left.ko"},
+			[]string{"boot/vmlinuz-6.1.0-10-amd64", "boot/vmlinuz-6.1.0-9-amd64"}},
+		{"Fedora", []string{"usr/lib/modules/6.12.9-200.fc41/vmlinuz", "usr/lib/modules/6.12.9-200.fc41/kernel/a.ko.xz"},
+			[]string{"usr/lib/modules/6.12.9-200.fc41/vmlinuz"}},
+		{"NixOS", []string{"run/booted-system/kernel", "run/booted-system/kernel-modules/lib/modules/6.12.8/kernel/a.ko.xz",
+			"run/current-system/kernel", "run/current-system/kernel-modules/lib/modules/6.12.8/kernel/a.ko.xz"},
+			[]string{"run/booted-system/kernel"}},
+		{"none", nil, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			root := t.TempDir()
+			for _, f := range tt.files {
+				writeFiles(t, root, map[string][]byte{f: nil})
+			}
+			var got []string
+			for _, k := range hostKernels(root) {
+				got = append(got, strings.TrimPrefix(k.Image, root+"/"))
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
+func TestFindKernelMissing(t *testing.T) {
+	_, err := findKernel(t.TempDir(), "6.99-nowhere")
+	var missing *MissingError
+	if !errors.As(err, &missing) || !strings.Contains(err.Error(), "6.99-nowhere") || !strings.Contains(err.Error(), "nbd kernel import") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestCompareVersions(t *testing.T) {
+	ordered := []string{"5.10.0", "6.1.0-9-amd64", "6.1.0-10-amd64", "6.1.0-10-cloud", "6.9", "6.12", "6.12.9-200.fc41", "10.0"}
+	for i := range ordered {
+		for j := range ordered {
+			got := compareVersions(ordered[i], ordered[j])
+			if want := cmpInt(i, j); got != want {
+				t.Errorf("%s, %s: %d, want %d", ordered[i], ordered[j], got, want)
+			}
+		}
+	}
+}
+
+func cmpInt(i, j int) int {
+	switch {
+	case i < j:
+		return -1
+	case i > j:
+		return 1
+	}
+	return 0
+}
+
+func FuzzImportDeb(f *testing.F) {
+	small := map[string][]byte{"boot/vmlinuz-6.1.0": bzImage("6.1.0"), "lib/a.ko": koFile("depends=b")}
+	for _, ext := range []string{"", ".gz", ".xz", ".zst"} {
+		f.Add(debFile(f, ext, small))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		readDeb(bytes.NewReader(data), func(name string, r io.Reader) error {
+			_, err := io.Copy(io.Discard, io.LimitReader(r, 1<<20))
+			return err
+		})
+	})
+}
+
+func FuzzImportRPM(f *testing.F) {
+	small := map[string][]byte{"boot/vmlinuz-6.1.0": bzImage("6.1.0"), "lib/a.ko": koFile("depends=b")}
+	for _, ext := range []string{"", ".gz", ".xz", ".zst"} {
+		f.Add(rpmFile(f, ext, small))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		readRPM(bytes.NewReader(data), func(name string, r io.Reader) error {
+			_, err := io.Copy(io.Discard, io.LimitReader(r, 1<<20))
+			return err
+		})
+	})
+}
+
+func FuzzBzImage(f *testing.F) {
+	f.Add(bzImage("6.1.0-56-cloud-amd64"))
+	f.Add(bzImage("../x"))
+	f.Fuzz(func(t *testing.T, head []byte) {
+		name, err := bzImageRelease(head)
+		if err == nil && (strings.ContainsAny(name, "/\x00") || strings.HasPrefix(name, ".")) {
+			t.Errorf("release %q", name)
+		}
+	})
+}
+
+func FuzzModinfo(f *testing.F) {
+	f.Add(koFile("license=GPL", "depends=a-b,c", "softdep=pre: crc32c d post: e"))
+	f.Add(koFile("depends="))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		needs, err := moduleNeeds(data)
+		if err != nil {
+			return
+		}
+		for _, n := range needs {
+			if n == "" || strings.ContainsAny(n, "-\x00") {
+				t.Errorf("need %q", n)
+			}
+		}
+	})
+}
