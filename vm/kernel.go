@@ -163,7 +163,7 @@ func findKernel(stateDir, want string) (Kernel, error) {
 	if unreadable != nil {
 		what = fmt.Sprintf("the kernel for guests cannot be read: %v", unreadable)
 	}
-	return Kernel{}, &MissingError{What: what, Hint: "Debian: apt-get download linux-image-cloud-amd64's package, linux-image-…-cloud-amd64, and nbd kernel import FILE"}
+	return Kernel{}, &MissingError{What: what, Hint: "Debian: apt install linux-image-cloud-amd64; or, with nothing installed, take its package with apt-get download and nbd kernel import FILE"}
 }
 
 // kernelAt returns the kernel at a path, with the modules of its release.

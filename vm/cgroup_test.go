@@ -1,0 +1,66 @@
+package vm
+
+import (
+	"os"
+	"strings"
+	"testing"
+)
+
+// A process that eats more than its group's memory is killed, and the group
+// goes with what is in it. Where groups are not permitted there must be a
+// reason.
+func TestCgroup(t *testing.T) {
+	f, err := newCgroups()
+	if err != nil {
+		if os.Geteuid() == 0 {
+			t.Logf("no cgroups, though root: %v", err)
+		}
+		if err.Error() == "" {
+			t.Error("no reason")
+		}
+		return
+	}
+	defer func() {
+		if err := f.close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	t.Run("limit", func(t *testing.T) {
+		g, err := f.create("nbd-test-limit-"+itoa(os.Getpid()), 32)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var c console
+		p, err := startProcess(command{path: inPath(t, "sh"), args: []string{"-c", "sleep 0.2; x=$(head -c 200000000 /dev/zero | tr '\\0' x); echo survived"}, uid: -1, group: g, output: &c})
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-p.done
+		if strings.Contains(c.summary(), "survived") || !g.outOfMemory() {
+			t.Errorf("%s, out of memory: %v%s", p.exit(), g.outOfMemory(), c.summary())
+		}
+		if err := g.destroy(); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("destroy kills", func(t *testing.T) {
+		g, err := f.create("nbd-test-kill-"+itoa(os.Getpid()), 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := startProcess(command{path: inPath(t, "sleep"), args: []string{"1000"}, uid: -1, group: g})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if g.outOfMemory() {
+			t.Error("out of memory with nothing in it")
+		}
+		if err := g.destroy(); err != nil {
+			t.Error(err)
+		}
+		<-p.done
+		if !strings.Contains(p.exit(), "killed") {
+			t.Errorf("ended by %s", p.exit())
+		}
+	})
+}
