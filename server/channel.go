@@ -211,7 +211,7 @@ func (ss *session) finish() bool {
 // endIfIdleLocked ends a session that is between two requests.
 func (ss *session) endIfIdleLocked() {
 	if !ss.busy && ss.server.state != closed {
-		ss.server.work.Go(func() { _ = ss.ch.Close() }) // the client may be gone
+		ss.server.work.Go(func() { ss.exit(exitError) })
 	}
 }
 
