@@ -198,11 +198,11 @@ func TestSink(t *testing.T) {
 func TestIsIOError(t *testing.T) {
 	for msg, want := range map[string]bool{
 		"3,512,4242,-;I/O error, dev vda, sector 8 op 0x0:(READ) flags 0x80700 phys_seg 1 prio class 2\n": true,
-		"3,513,4243,-;Buffer I/O error on dev vdb, logical block 1, async page read\n":                     true,
-		"2,514,4244,-;EXT4-fs error (device vdb): ext4_lookup:1855: inode #2: comm sh: deleted inode\n":    true,
-		"3,515,4245,-;erofs: (device vda): erofs_readdir: corrupted dirent\n":                              true,
-		"6,516,4246,-;EXT4-fs (vdb): mounted filesystem without journal. Quota mode: none.\n":              false,
-		"6,517,4247,-;erofs: (device vda): mounted with root inode @ nid 36.\n":                            false,
+		"3,513,4243,-;Buffer I/O error on dev vdb, logical block 1, async page read\n":                    true,
+		"2,514,4244,-;EXT4-fs error (device vdb): ext4_lookup:1855: inode #2: comm sh: deleted inode\n":   true,
+		"3,515,4245,-;erofs: (device vda): erofs_readdir: corrupted dirent\n":                             true,
+		"6,516,4246,-;EXT4-fs (vdb): mounted filesystem without journal. Quota mode: none.\n":             false,
+		"6,517,4247,-;erofs: (device vda): mounted with root inode @ nid 36.\n":                           false,
 	} {
 		if got := isIOError(msg); got != want {
 			t.Errorf("%q: %v", msg, got)
