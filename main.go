@@ -33,12 +33,17 @@ import (
 	"nbd/store"
 	"nbd/vm"
 	"nbd/vm/guest"
+	"nbd/vm/link"
 )
 
 func main() {
-	if guest.IsGuest() {
+	// The same program is the init of its guests, and what enters the sandbox
+	// there.
+	switch {
+	case os.Getpid() == 1 && os.Args[0] == "/init":
 		guest.Main()
-		return
+	case os.Args[0] == link.SandboxArg0:
+		guest.Sandbox()
 	}
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 }
