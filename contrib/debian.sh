@@ -66,7 +66,7 @@ fetch_debs() {
 # fetch_source DIR PACKAGE: downloads a Debian source package's original archive.
 fetch_source() {
   mkdir -p "$1"
-  ls "$1/$2_"*.orig.tar.* >/dev/null 2>&1 || (cd "$1" && private_apt source --download-only "$2") || die "source $2 could not be fetched"
+  ls "$1/$2_"*.orig.tar.* >/dev/null 2>&1 || (cd "$1" && private_apt source --download-only --tar-only "$2") || die "source $2 could not be fetched"
 }
 
 # fetch_kernel DIR: the package with the kernel for guests, which need not be
