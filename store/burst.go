@@ -27,9 +27,11 @@ type burst struct {
 	pinned []sum
 	req    commitRequest
 	added  map[nixproto.StorePath]*record
-	files  []placedFile // not placed yet
-	held   []uint64     // segments that frames were spilled to
-	open   int          // files among the last ones that are not synced yet
+	blobs  map[sum]bool         // in req
+	files  []placedFile         // not placed yet
+	kept   []nixproto.StorePath // were valid with other content
+	held   []uint64             // segments that frames were spilled to
+	open   int                  // files among the last ones that are not synced yet
 }
 
 // A placedFile is a blob that gets a file of its own.
@@ -39,7 +41,7 @@ type placedFile struct {
 }
 
 func (s *Store) newBurst(a AccountID) *burst {
-	b := &burst{s: s, lease: s.NewLease(a), added: make(map[nixproto.StorePath]*record)}
+	b := &burst{s: s, lease: s.NewLease(a), added: make(map[nixproto.StorePath]*record), blobs: make(map[sum]bool)}
 	b.req.account = a
 	return b
 }
@@ -53,10 +55,8 @@ func (b *burst) pin(h sum) {
 // stored reports whether a pinned blob is stored, or in the burst already.
 // damaged says that it should be, but its bytes are not there.
 func (b *burst) stored(h sum) (ok, damaged bool, err error) {
-	for i := range b.req.blobs {
-		if b.req.blobs[i].sum == h {
-			return true, false, nil
-		}
+	if b.blobs[h] {
+		return true, false, nil
 	}
 	blob, err := b.s.openPinned(h)
 	switch {
@@ -70,13 +70,19 @@ func (b *burst) stored(h sum) (ok, damaged bool, err error) {
 	return false, false, err
 }
 
-// valid reports whether p will be valid once the burst is committed.
-func (b *burst) valid(p nixproto.StorePath) (bool, error) {
-	if b.added[p] != nil {
-		return true, nil
+// missing returns the first reference of a path that will not be valid once
+// the burst is committed; "" if there is none.
+func (b *burst) missing(r *record) (nixproto.StorePath, error) {
+	var others []nixproto.StorePath
+	for _, ref := range r.References {
+		if ref != r.Path && b.added[ref] == nil {
+			others = append(others, ref)
+		}
 	}
-	r, err := b.s.lookupRecord(b.req.account, p)
-	return r != nil, err
+	if len(others) == 0 {
+		return "", nil
+	}
+	return b.s.missing(b.req.account, others)
 }
 
 // addPath adds the record of a path.
@@ -88,10 +94,20 @@ func (b *burst) addPath(r *record) {
 // beginFrame begins a frame for a small NAR, whose bytes are then appended to
 // b.req.frames, and returns where the frame is.
 func (b *burst) beginFrame() (start int) {
+	if b.req.frames == nil {
+		b.req.frames = (*framesPool.Get().(*[]byte))[:0]
+	}
 	start = len(b.req.frames)
 	b.req.frames = append(b.req.frames, make([]byte, frameHead)...)
 	return start
 }
+
+// framesPool holds buffers for the frames of a burst, which grow little beyond
+// spillAt.
+var framesPool = sync.Pool{New: func() any {
+	b := make([]byte, 0, spillAt+2*smallNAR)
+	return &b
+}}
 
 // dropFrame takes back what was appended since beginFrame.
 func (b *burst) dropFrame(start int) { b.req.frames = b.req.frames[:start] }
@@ -112,33 +128,45 @@ func (b *burst) endFrame(start int, h sum, x nar.Index, replace bool) error {
 	f := frame{kind: frameNAR, length: at.stored()}
 	f.put(frames[start:])
 	b.req.frames = append(frames, make([]byte, padded(f.length)-f.length)...)
-	b.req.blobs = append(b.req.blobs, newBlob{sum: h, at: at, replace: replace})
+	b.addBlob(newBlob{sum: h, at: at, replace: replace})
 	if len(b.req.frames) < spillAt {
 		return nil
 	}
 	return b.spill()
 }
 
-// spill writes the frames to a segment.
+func (b *burst) addBlob(x newBlob) {
+	b.req.blobs = append(b.req.blobs, x)
+	b.blobs[x.sum] = true
+}
+
+// spill writes the frames to a segment, but for those of blobs that are stored
+// already.
 func (b *burst) spill() error {
 	if err := b.s.room(int64(len(b.req.frames))); err != nil {
 		return err
 	}
-	at, err := b.s.segs.append(func(at place) ([][]byte, error) {
-		b.s.segs.holdLocked(at.segment)
-		b.held = append(b.held, at.segment)
-		return [][]byte{b.req.frames}, nil
-	})
+	blobs, err := b.s.unknownBlobs(b.req.blobs)
 	if err != nil {
 		return err
 	}
-	for i := range b.req.blobs {
-		if r := &b.req.blobs[i].at; r.segment == inFrames {
-			r.segment, r.offset = at.segment, at.offset+r.offset
+	b.req.blobs = blobs
+	_, err = b.s.segs.append(func(at place) (pieces [][]byte, err error) {
+		b.s.segs.holdLocked(at.segment)
+		b.held = append(b.held, at.segment)
+		end := at.offset
+		for i := range blobs {
+			if r := &blobs[i].at; r.segment == inFrames {
+				f := b.req.frames[r.offset-frameHead:][:frameHead+padded(r.stored())]
+				pieces = appendPiece(pieces, f)
+				r.segment, r.offset = at.segment, end+frameHead
+				end += int64(len(f))
+			}
 		}
-	}
+		return pieces, nil
+	})
 	b.req.frames = b.req.frames[:0]
-	return nil
+	return err
 }
 
 // addFile adds a blob with a file of its own, which becomes the burst's.
@@ -149,7 +177,7 @@ func (b *burst) addFile(h sum, f *blobFile, x nar.Index, replace bool) error {
 		return err
 	}
 	f.startWriteback()
-	b.req.blobs = append(b.req.blobs, newBlob{sum: h, at: at, replace: replace})
+	b.addBlob(newBlob{sum: h, at: at, replace: replace})
 	b.files = append(b.files, placedFile{h, f})
 	if b.open++; b.open < maxOpenFiles {
 		return nil
@@ -221,12 +249,14 @@ func (b *burst) commit() error {
 	if err := b.s.commit(&req); err != nil {
 		return err
 	}
+	b.kept = append(b.kept, req.kept...)
 	for _, f := range b.files {
 		b.s.unstray(f.sum)
 	}
 	b.files = b.files[:0]
 	b.req = commitRequest{account: b.req.account, repair: b.req.repair, frames: b.req.frames[:0]}
 	clear(b.added)
+	clear(b.blobs)
 	return nil
 }
 
@@ -242,8 +272,10 @@ func (b *burst) end() {
 		b.s.segs.unhold(id)
 	}
 	b.lease.Release()
-	b.held = nil
-	b.files, b.pinned, b.req.frames = nil, nil, nil
+	if frames := b.req.frames; frames != nil {
+		framesPool.Put(&frames)
+	}
+	b.files, b.pinned, b.held, b.req.frames = nil, nil, nil, nil
 }
 
 // stray remembers a file in blobs that no record names yet.

@@ -113,10 +113,12 @@ type commitRequest struct {
 	paths   []*record
 	repair  bool // over records that are there
 	blobs   []newBlob
-	start   int64  // where frames begin in the segment they are written to
 	frames  []byte // NAR frames that are not in a segment yet
-	done    bool
-	err     error
+	// kept are the paths that were valid already with other content; set by
+	// commit.
+	kept []nixproto.StorePath
+	done bool
+	err  error
 }
 
 // A newBlob is a blob that a request brings; it may be stored already.
@@ -170,7 +172,7 @@ func (s *Store) commitGroupLocked(group []*commitRequest) error {
 	if len(x.paths) == 0 && len(x.blobs) == 0 {
 		return nil
 	}
-	end, err := s.writeCommit(group, x, owners)
+	end, err := s.writeCommit(x, owners)
 	if err != nil {
 		return err
 	}
@@ -180,6 +182,7 @@ func (s *Store) commitGroupLocked(group []*commitRequest) error {
 	s.pendingMu.Unlock()
 	s.pendingCount.Store(int64(count))
 	s.touchLocked(x)
+	s.noteLocked(x)
 	if count >= flushAt {
 		if err := s.flushLocked(); err != nil { // stays pending, and durable
 			s.log.Error("write pending commits to the database", "error", err)
@@ -198,7 +201,7 @@ func (s *Store) commitGroupLocked(group []*commitRequest) error {
 // bring them.
 func (s *Store) decideLocked(group []*commitRequest) (x *batch, owners []*commitRequest, err error) {
 	x = &batch{}
-	paths := make(map[viewPath]bool)
+	paths := make(map[viewPath]*record)
 	blobs := make(map[sum]bool)
 	err = s.db.View(func(tx *bolt.Tx) error {
 		known := tx.Bucket(bucketBlobs)
@@ -223,11 +226,19 @@ func (s *Store) decideLocked(group []*commitRequest) (x *batch, owners []*commit
 			}
 			for _, rec := range r.paths {
 				k := viewPath{r.account, rec.Path}
-				_, ok := s.pending.paths[k]
-				if paths[k] || (ok || v.has(rec.Path)) && !r.repair {
+				old := cmp.Or(paths[k], s.pending.paths[k])
+				if old == nil {
+					if old, err = v.get(rec.Path); err != nil {
+						return err
+					}
+				}
+				if old != nil && (!r.repair || paths[k] != nil) {
+					if old.NarHash != rec.NarHash {
+						r.kept = append(r.kept, rec.Path)
+					}
 					continue
 				}
-				paths[k] = true
+				paths[k] = rec
 				x.paths = append(x.paths, batchPath{r.account, rec})
 			}
 		}
@@ -253,24 +264,21 @@ func (s *Store) lostBlobs(r *commitRequest) error {
 	return nil
 }
 
-// writeCommit writes the frames of group and the one of the commit to a
-// segment and syncs it. It returns where the commit ends.
-func (s *Store) writeCommit(group []*commitRequest, x *batch, owners []*commitRequest) (end place, err error) {
+// writeCommit writes the frames of the blobs in x and the one of the commit to
+// a segment and syncs it. It returns where the commit ends.
+func (s *Store) writeCommit(x *batch, owners []*commitRequest) (end place, err error) {
 	var length int64
 	at, err := s.segs.append(func(at place) ([][]byte, error) {
 		var pieces [][]byte
-		for _, r := range group {
-			if r.err != nil {
+		for i, r := range owners {
+			b := &x.blobs[i].at
+			if b.segment != inFrames {
 				continue
 			}
-			r.start = at.offset + length
-			pieces = append(pieces, r.frames)
-			length += int64(len(r.frames))
-		}
-		for i, r := range owners {
-			if b := &x.blobs[i].at; b.segment == inFrames {
-				b.segment, b.offset = at.segment, r.start+b.offset
-			}
+			f := r.frames[b.offset-frameHead:][:frameHead+padded(b.stored())]
+			pieces = appendPiece(pieces, f)
+			b.segment, b.offset = at.segment, at.offset+length+frameHead
+			length += int64(len(f))
 		}
 		f, err := commitFrame(x)
 		length += int64(len(f))
@@ -283,6 +291,19 @@ func (s *Store) writeCommit(group []*commitRequest, x *batch, owners []*commitRe
 		return place{}, err
 	}
 	return place{at.segment, at.offset + length}, nil
+}
+
+// appendPiece appends p to pieces, as one with the last piece if p lies behind
+// it in memory.
+func appendPiece(pieces [][]byte, p []byte) [][]byte {
+	if n := len(pieces); n > 0 {
+		last := pieces[n-1]
+		if cap(last)-len(last) >= len(p) && &last[:len(last)+1][len(last)] == &p[0] {
+			pieces[n-1] = last[:len(last)+len(p)]
+			return pieces
+		}
+	}
+	return append(pieces, p)
 }
 
 // flush brings the database up to date.
@@ -382,6 +403,49 @@ func (s *Store) pendingRecord(a AccountID, p nixproto.StorePath) *record {
 	s.pendingMu.RLock()
 	defer s.pendingMu.RUnlock()
 	return s.pending.paths[viewPath{a, p}]
+}
+
+// missing returns the first of paths that is not in the view; "" if all are.
+func (s *Store) missing(a AccountID, paths []nixproto.StorePath) (missing nixproto.StorePath, err error) {
+	left := make([]nixproto.StorePath, 0, len(paths))
+	for _, p := range paths {
+		if s.pendingRecord(a, p) == nil {
+			left = append(left, p)
+		}
+	}
+	if len(left) == 0 {
+		return "", nil
+	}
+	err = s.db.View(func(tx *bolt.Tx) error {
+		v, err := openView(tx, a)
+		if err != nil {
+			return err
+		}
+		if i := slices.IndexFunc(left, func(p nixproto.StorePath) bool { return !v.has(p) }); i >= 0 {
+			missing = left[i]
+		}
+		return nil
+	})
+	return missing, databaseError(err)
+}
+
+// unknownBlobs returns those of blobs that are not stored.
+func (s *Store) unknownBlobs(blobs []newBlob) (unknown []newBlob, err error) {
+	s.pendingMu.RLock()
+	for _, b := range blobs {
+		if _, ok := s.pending.blobs[b.sum]; !ok || b.replace {
+			unknown = append(unknown, b)
+		}
+	}
+	s.pendingMu.RUnlock()
+	err = s.db.View(func(tx *bolt.Tx) error {
+		known := tx.Bucket(bucketBlobs)
+		unknown = slices.DeleteFunc(unknown, func(b newBlob) bool {
+			return !b.replace && known.Get(b.sum[:]) != nil
+		})
+		return nil
+	})
+	return unknown, databaseError(err)
 }
 
 // lookupBlob returns where the blob h is.

@@ -48,10 +48,8 @@ func (s *Store) Delete(ctx context.Context, a AccountID, paths ...nixproto.Store
 		if err != nil {
 			return err
 		}
-		for _, p := range paths {
-			if err := s.deletable(v, p, paths); err != nil {
-				return err
-			}
+		if err := s.deletable(v, paths); err != nil {
+			return err
 		}
 		for _, p := range paths {
 			if err := v.collect(p, &res); err != nil {
@@ -66,25 +64,24 @@ func (s *Store) Delete(ctx context.Context, a AccountID, paths ...nixproto.Store
 	return res, nil
 }
 
-// deletable says why p cannot be deleted together with others, which are
-// sorted.
-func (s *Store) deletable(v *view, p nixproto.StorePath, others []nixproto.StorePath) error {
-	if _, err := v.want(p); err != nil {
-		return err
-	}
-	if s.leases.leased(v.account, p) {
-		return fmt.Errorf("%s is %w", p, ErrInUse)
-	}
-	referrers, err := v.referrersOf(p)
-	if err != nil {
-		return err
-	}
-	for _, r := range referrers {
-		if _, ok := slices.BinarySearch(others, r); !ok && r != p {
-			return fmt.Errorf("%s is %w: %s refers to it", p, ErrInUse, r)
+// deletable says why paths cannot be deleted together.
+func (s *Store) deletable(v *view, paths []nixproto.StorePath) error {
+	set := make(map[string]bool)
+	for _, p := range paths {
+		if _, err := v.want(p); err != nil {
+			return err
 		}
+		if s.leases.leased(v.account, p) {
+			return fmt.Errorf("%s is %w", p, ErrInUse)
+		}
+		set[p.Base()] = true
 	}
-	return nil
+	return v.referrers(set, func(p, target nixproto.StorePath) error {
+		if set[p.Base()] {
+			return nil
+		}
+		return fmt.Errorf("%s is %w: %s refers to it", target, ErrInUse, p)
+	})
 }
 
 // collect removes a path that is in the view and counts it.
@@ -100,7 +97,14 @@ func (v *view) collect(p nixproto.StorePath, res *GCResult) error {
 
 // GC deletes from the view what is neither leased nor kept by the options nor
 // referred to by what is. Realisations of paths that are gone go too.
+//
+// Paths that are used or referred to while it runs stay: commits and leases are
+// looked at again before each path goes.
 func (s *Store) GC(ctx context.Context, a AccountID, opts GCOptions) (GCResult, error) {
+	s.gcMu.Lock()
+	defer s.gcMu.Unlock()
+	s.setCollection(&collection{a, make(map[nixproto.StorePath]bool)})
+	defer s.setCollection(nil)
 	var live, dead []*record
 	err := s.readView(a, func(v *view) (err error) {
 		live, dead, err = s.judge(ctx, v, opts)
@@ -126,6 +130,35 @@ func (s *Store) GC(ctx context.Context, a AccountID, opts GCOptions) (GCResult, 
 		return res, nil
 	}
 	return s.deleteDead(ctx, a, dead, opts.MaxFreed)
+}
+
+// A collection is what commits tell a GC that is under way; guarded by
+// commitMu.
+type collection struct {
+	account AccountID
+	// used are the paths that commits referred to, and those that these and
+	// new leases keep.
+	used map[nixproto.StorePath]bool
+}
+
+func (s *Store) setCollection(c *collection) {
+	s.commitMu.Lock()
+	defer s.commitMu.Unlock()
+	s.collection = c
+}
+
+// noteLocked notes what a commit refers to.
+func (s *Store) noteLocked(x *batch) {
+	if s.collection == nil {
+		return
+	}
+	for _, p := range x.paths {
+		if p.account == s.collection.account {
+			for _, ref := range p.rec.References {
+				s.collection.used[ref] = true
+			}
+		}
+	}
 }
 
 // judge returns what is alive and what is not; what refers to another path
@@ -205,8 +238,14 @@ func (s *Store) deleteBatch(a AccountID, batch []*record, maxFreed uint64) (res 
 			if maxFreed > 0 && res.Freed >= maxFreed {
 				return nil
 			}
-			if s.deletable(v, r.Path, nil) != nil {
+			if used := s.collection.used; used[r.Path] || s.leases.leased(a, r.Path) {
+				for _, ref := range r.References { // they come later
+					used[ref] = true
+				}
 				continue
+			}
+			if now, err := v.get(r.Path); err != nil || now == nil || now.NarHash != r.NarHash {
+				continue // deleted or repaired meanwhile
 			}
 			if err := v.collect(r.Path, &res); err != nil {
 				return err
@@ -228,7 +267,7 @@ func (s *Store) dropRealisations(a AccountID) error {
 			return err
 		}
 		var gone [][]byte
-		err = v.realisations.ForEach(func(k, b []byte) error {
+		err = v.realisations().ForEach(func(k, b []byte) error {
 			r, err := nixproto.ParseRealisation(b[min(1, len(b)):])
 			if err != nil || !v.has(r.OutPath) {
 				gone = append(gone, slices.Clone(k))
@@ -237,7 +276,7 @@ func (s *Store) dropRealisations(a AccountID) error {
 		})
 		for _, k := range gone {
 			if err == nil {
-				err = v.realisations.Delete(k)
+				err = v.realisations().Delete(k)
 			}
 		}
 		return err

@@ -33,7 +33,14 @@ type ingest struct {
 }
 
 func newIngest(to io.Writer) *ingest {
-	return &ingest{parser: nar.NewParser(nar.Limits{}), hash: sha256.New(), to: to}
+	return &ingest{parser: &nar.Parser{}, hash: sha256.New(), to: to}
+}
+
+// reset makes in ready for another NAR.
+func (in *ingest) reset(to io.Writer) {
+	*in.parser = nar.Parser{}
+	in.hash.Reset()
+	in.check, in.to = nil, to
 }
 
 // Write takes bytes of the NAR. It refuses malformed ones, and any after the

@@ -92,23 +92,17 @@ func (s *Store) ByHashPart(ctx context.Context, a AccountID, part string) (p nix
 }
 
 // Referrers returns the paths of the view that refer to p, sorted; p itself is
-// among them if it refers to itself. p not in the view is ErrNotFound.
+// among them if it refers to itself. p not in the view is ErrNotFound. It takes
+// time in proportion to the size of the view.
 func (s *Store) Referrers(ctx context.Context, a AccountID, p nixproto.StorePath) (list []nixproto.StorePath, err error) {
 	err = s.readView(a, func(v *view) error {
 		if _, err := v.want(p); err != nil {
 			return err
 		}
-		list, err = v.referrersOf(p)
-		return err
-	})
-	return list, err
-}
-
-// referrersOf returns the paths that refer to p, sorted.
-func (v *view) referrersOf(p nixproto.StorePath) (list []nixproto.StorePath, err error) {
-	err = pairs(v.referrers, p.Base(), func(base string) error {
-		list = append(list, nixproto.StorePath(storePrefix+base))
-		return nil
+		return v.referrers(map[string]bool{p.Base(): true}, func(r, _ nixproto.StorePath) error {
+			list = append(list, r)
+			return ctx.Err()
+		})
 	})
 	return list, err
 }
@@ -117,7 +111,7 @@ func (v *view) referrersOf(p nixproto.StorePath) (list []nixproto.StorePath, err
 // sorted. p need not be in the view.
 func (s *Store) ValidDerivers(ctx context.Context, a AccountID, p nixproto.StorePath) (list []nixproto.StorePath, err error) {
 	err = s.readView(a, func(v *view) error {
-		return pairs(v.derivers, p.Base(), func(base string) error {
+		return pairs(v.derivers(), p.Base(), func(base string) error {
 			list = append(list, nixproto.StorePath(storePrefix+base))
 			return nil
 		})

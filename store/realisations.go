@@ -29,7 +29,7 @@ func (s *Store) AddRealisation(ctx context.Context, a AccountID, r *nixproto.Rea
 		if !v.has(r.OutPath) {
 			return fmt.Errorf("%w realisation: %s is not valid", ErrInvalid, r.OutPath)
 		}
-		return v.realisations.Put(realisationKey(r.DrvHash, r.OutputName), append([]byte{jsonVersion}, r.JSON()...))
+		return v.realisations().Put(realisationKey(r.DrvHash, r.OutputName), append([]byte{jsonVersion}, r.JSON()...))
 	})
 }
 
@@ -39,7 +39,7 @@ func (s *Store) AddRealisation(ctx context.Context, a AccountID, r *nixproto.Rea
 func (s *Store) Realisation(ctx context.Context, a AccountID, drvHash nixproto.Hash, output string) (*nixproto.Realisation, error) {
 	var r nixproto.Realisation
 	err := s.readView(a, func(v *view) error {
-		b := v.realisations.Get(realisationKey(drvHash, output))
+		b := v.realisations().Get(realisationKey(drvHash, output))
 		if b == nil {
 			return fmt.Errorf("realisation of %s!%s: %w", drvHash, output, ErrNotFound)
 		}

@@ -141,6 +141,33 @@ func recordSum(b []byte) (h sum, err error) {
 	return sum(b[2:][:len(h)]), nil
 }
 
+// eachReference calls f with the base names of the references in an encoded
+// record, without decoding the rest. They are valid until f returns.
+func eachReference(b []byte, f func(base []byte) error) error {
+	if _, err := recordSum(b); err != nil {
+		return err
+	}
+	b = b[2+len(sum{}):]
+	next := func() uint64 {
+		n, size := binary.Uvarint(b)
+		b = b[max(size, 0):]
+		return n
+	}
+	next() // NAR size
+	next() // registration time
+	for range min(next(), uint64(len(b))) {
+		n := next()
+		if n > uint64(len(b)) {
+			return fmt.Errorf("record: %w", ErrDamaged)
+		}
+		if err := f(b[:n]); err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
 // A blobRecord says where a NAR is.
 type blobRecord struct {
 	segment  uint64 // 0 for a file of its own

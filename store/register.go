@@ -75,15 +75,13 @@ func (s *Store) registerRecords(b *burst, regs []Registration) ([]*record, error
 		recs[i] = r
 	}
 	for _, r := range recs {
-		for _, ref := range r.References {
-			if refs[ref] != nil {
-				continue
-			}
-			if ok, err := b.valid(ref); err != nil {
-				return nil, err
-			} else if !ok {
-				return nil, fmt.Errorf("register %s: %w reference: %s is not valid", r.Path, ErrInvalid, ref)
-			}
+		others := slices.DeleteFunc(slices.Clone(r.References), func(ref nixproto.StorePath) bool { return refs[ref] != nil })
+		missing, err := s.missing(b.req.account, others)
+		if err != nil {
+			return nil, err
+		}
+		if missing != "" {
+			return nil, fmt.Errorf("register %s: %w reference: %s is not valid", r.Path, ErrInvalid, missing)
 		}
 	}
 	return recs, checkAcyclic(refs)

@@ -41,12 +41,12 @@ var (
 	bucketResults = []byte("results")
 )
 
-// The buckets of a view. Store paths are written as base names.
+// The buckets of a view. Store paths are written as base names. There is no
+// index of referrers: it would take more than half of the cost of an upload,
+// and who asks for them, rarely, can read all records (BenchmarkLookup).
 var (
 	// paths: path → record.
 	viewPaths = []byte("paths")
-	// referrers: path, 0, path that refers to it → nothing.
-	viewReferrers = []byte("referrers")
 	// derivers: path, 0, derivation in the view that has it as output → nothing.
 	viewDerivers = []byte("derivers")
 	// realisations: hash algorithm, hash modulo, output name → realisation.

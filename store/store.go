@@ -105,6 +105,10 @@ type Store struct {
 	// commitMu. One Sweep runs at a time, with sweepMu held.
 	sweepMu sync.Mutex
 	sweep   *sweep
+	// collection is set while GC runs; guarded by commitMu. One GC runs at a
+	// time, with gcMu held.
+	gcMu       sync.Mutex
+	collection *collection
 	// strays are files of blobs that a failed commit may have left.
 	straysMu sync.Mutex
 	strays   map[sum]bool

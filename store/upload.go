@@ -30,8 +30,8 @@ type Upload struct {
 	ctx   context.Context
 	opts  UploadOptions
 	b     *burst
-	kept  []nixproto.StorePath
-	bytes uint64 // since the last Checkpoint
+	in    *ingest // used again for each path
+	bytes uint64  // since the last Checkpoint
 	ended bool
 }
 
@@ -91,24 +91,32 @@ func (u *Upload) add(info *nixproto.PathInfo, r io.Reader) error {
 	if err := u.checkReferences(rec); err != nil {
 		return err
 	}
-	old, err := u.existing(rec.Path)
+	u.b.pin(want)
+	old, err := u.known(rec)
 	if err != nil {
 		return err
 	}
-	u.b.pin(want)
-	n := incoming{u: u, rec: rec, want: want, keep: old != nil && !u.opts.Repair}
+	n := incoming{u: u, rec: rec, want: want, keep: old != nil}
 	if err := n.receive(r); err != nil {
 		return err
 	}
 	u.bytes += info.NarSize
-	if n.keep {
-		if old.NarHash != rec.NarHash {
-			u.kept = append(u.kept, rec.Path)
-		}
-		return nil
+	switch {
+	case old == nil:
+		u.b.addPath(rec)
+	case old.NarHash != rec.NarHash:
+		u.b.kept = append(u.b.kept, rec.Path)
 	}
-	u.b.addPath(rec)
 	return nil
+}
+
+// known returns the record that a path is known to keep. For a small path it
+// is not worth a look into the database; that comes with the commit.
+func (u *Upload) known(rec *record) (*record, error) {
+	if old := u.b.added[rec.Path]; old != nil || rec.NarSize <= smallNAR || u.opts.Repair {
+		return old, nil
+	}
+	return u.b.s.lookupRecord(u.b.req.account, rec.Path)
 }
 
 // checkReferences leases the path with what it refers to, and checks that all
@@ -116,17 +124,12 @@ func (u *Upload) add(info *nixproto.PathInfo, r io.Reader) error {
 func (u *Upload) checkReferences(rec *record) error {
 	u.b.lease.Add(rec.Path)
 	u.b.lease.Add(rec.References...)
-	for _, ref := range rec.References {
-		if ref == rec.Path {
-			continue
-		}
-		ok, err := u.b.valid(ref)
-		if err != nil {
-			return err
-		}
-		if !ok {
-			return fmt.Errorf("%w reference: %s is not valid", ErrInvalid, ref)
-		}
+	missing, err := u.b.missing(rec)
+	if err != nil {
+		return err
+	}
+	if missing != "" {
+		return fmt.Errorf("%w reference: %s is not valid", ErrInvalid, missing)
 	}
 	if u.opts.Repair {
 		return u.checkCycle(rec)
@@ -153,17 +156,9 @@ func (u *Upload) checkCycle(rec *record) error {
 	return nil
 }
 
-// existing returns the record that the path has or will have.
-func (u *Upload) existing(p nixproto.StorePath) (*record, error) {
-	if r := u.b.added[p]; r != nil {
-		return r, nil
-	}
-	return u.b.s.lookupRecord(u.b.req.account, p)
-}
-
 // Kept lists the paths whose content was another than the one in the view, and
-// was dropped.
-func (u *Upload) Kept() []nixproto.StorePath { return u.kept }
+// was dropped. The list is complete after Commit.
+func (u *Upload) Kept() []nixproto.StorePath { return u.b.kept }
 
 // Uncommitted returns how many bytes of NARs were read since the upload began
 // or Checkpoint was called.
@@ -197,30 +192,42 @@ func (u *Upload) Abort() {
 	}
 }
 
+// ingest returns the upload's ingest, ready for another NAR.
+func (u *Upload) ingest(to io.Writer) *ingest {
+	if u.in == nil {
+		u.in = newIngest(to)
+	} else {
+		u.in.reset(to)
+	}
+	return u.in
+}
+
 // An incoming is one NAR of an upload while it is read.
 type incoming struct {
 	u    *Upload
 	rec  *record
 	want sum
 	keep bool // the bytes are only verified
-	// stored says that the blob is there, damaged that it should be.
+	// stored says that the blob is known to be there, damaged that its bytes
+	// may not be although there is a record of it.
 	stored, damaged bool
 }
 
 // receive reads the NAR, verifies it and adds its blob to the burst.
 func (n *incoming) receive(r io.Reader) (err error) {
 	b := n.u.b
+	if n.rec.NarSize <= smallNAR {
+		n.stored, n.damaged = b.blobs[n.want], n.u.opts.Repair
+		return n.receiveSmall(r)
+	}
 	if n.stored, n.damaged, err = b.stored(n.want); err != nil {
 		return err
 	}
 	if n.u.opts.Repair && n.stored {
-		n.stored, n.damaged = false, true
-	}
-	if n.rec.NarSize <= smallNAR {
-		return n.receiveSmall(r)
+		n.stored, n.damaged = b.blobs[n.want], true
 	}
 	if n.stored || n.keep {
-		return n.take(newIngest(io.Discard), r)
+		return n.take(n.u.ingest(io.Discard), r)
 	}
 	return n.receiveFile(r)
 }
@@ -229,7 +236,7 @@ func (n *incoming) receive(r io.Reader) (err error) {
 func (n *incoming) receiveSmall(r io.Reader) error {
 	b := n.u.b
 	start := b.beginFrame()
-	in := newIngest((*frameWriter)(b))
+	in := n.u.ingest((*frameWriter)(b))
 	err := n.take(in, r)
 	if err != nil || n.stored || n.keep {
 		b.dropFrame(start)
@@ -256,7 +263,7 @@ func (n *incoming) receiveFile(r io.Reader) error {
 	if err != nil {
 		return err
 	}
-	in := newIngest(f)
+	in := n.u.ingest(f)
 	if err = n.take(in, r); err != nil {
 		f.drop()
 		return err
