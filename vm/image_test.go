@@ -59,7 +59,7 @@ func store(kids ...*tree) *tree {
 // imageTrees are the trees that all oracles are asked about.
 var imageTrees = map[string]func() *tree{
 	"nothing": func() *tree { return store() },
-	"kinds":   func() *tree { return store(file("a"), program("b"), link2("c"), dir(nil), file("")) },
+	"kinds":   func() *tree { return store(file("a"), program("b"), symlink("c"), dir(nil), file("")) },
 	"names around the dots": func() *tree {
 		kids := make(map[string]*tree)
 		for _, s := range []string{"!", "!x", "+x", "-", "-x", ".\x01", ".!", ".-", "...", ".a", "..a", ".. ",
@@ -78,7 +78,7 @@ var imageTrees = map[string]func() *tree{
 	"sizes of targets": func() *tree {
 		var kids []*tree
 		for _, n := range []int{1, 31, 32, 33, 255, 1000, 4063, 4064, 4065, 4094, 4095} {
-			kids = append(kids, link2(strings.Repeat("t", n)), file("x"))
+			kids = append(kids, symlink(strings.Repeat("t", n)), file("x"))
 		}
 		return store(kids...)
 	},
@@ -86,19 +86,19 @@ var imageTrees = map[string]func() *tree{
 	"sizes of directories": func() *tree {
 		var kids []*tree
 		for n := 1; n <= 255; n += 3 {
-			kids = append(kids, many(15, n, file("")), many(16, n, dir(nil)), many(31, n, link2("l")))
+			kids = append(kids, many(15, n, file("")), many(16, n, dir(nil)), many(31, n, symlink("l")))
 		}
 		return store(kids...)
 	},
 	"long names": func() *tree { return store(many(300, 255, file("x")), many(1, 255, dir(nil))) },
 	"deep":       func() *tree { return store(nested(nar.MaxDepth), nested(1), nested(7)) },
-	"many paths": func() *tree { return store(slicesRepeat(file("a"), 2000)...) },
+	"many paths": func() *tree { return store(repeat(file("a"), 2000)...) },
 	"mixed": func() *tree {
 		return store(randomTree(rand.New(rand.NewPCG(1, 2)), 5), randomTree(rand.New(rand.NewPCG(3, 4)), 7))
 	},
 }
 
-func slicesRepeat(n *tree, count int) []*tree {
+func repeat(n *tree, count int) []*tree {
 	out := make([]*tree, count)
 	for i := range out {
 		out[i] = n
@@ -116,7 +116,7 @@ func randomTree(r *rand.Rand, depth int) *tree {
 		}
 		return dir(kids)
 	case k < 6:
-		return link2(strings.Repeat("x", 1+r.IntN(4095)))
+		return symlink(strings.Repeat("x", 1+r.IntN(4095)))
 	case k < 8:
 		return program(bytesOf(r.IntN(9000)))
 	}
@@ -389,11 +389,11 @@ func TestImageRefuses(t *testing.T) {
 func TestImageGolden(t *testing.T) {
 	n := store(
 		dir(map[string]*tree{
-			"!x": file("first"), "bin": dir(map[string]*tree{"sh": program("#!"), "ash": link2("sh")}),
+			"!x": file("first"), "bin": dir(map[string]*tree{"sh": program("#!"), "ash": symlink("sh")}),
 			"empty": dir(nil), "zero": file(""), "big": file(strings.Repeat("0123456789", 1000)),
-			"link": link2(strings.Repeat("l", 4095)), "wide": many(200, 30, file("w")),
+			"link": symlink(strings.Repeat("l", 4095)), "wide": many(200, 30, file("w")),
 		}),
-		file("a file"), link2("/nix/store/a-link"))
+		file("a file"), symlink("/nix/store/a-link"))
 	m := n.image(t)
 	h := sha256.New()
 	if _, err := io.Copy(h, io.NewSectionReader(m, 0, m.Size())); err != nil {

@@ -31,7 +31,7 @@ type tree struct {
 // Short forms of trees.
 func file(data string) *tree          { return &tree{data: data} }
 func program(data string) *tree       { return &tree{data: data, exec: true} }
-func link2(target string) *tree       { return &tree{target: target} }
+func symlink(target string) *tree     { return &tree{target: target} }
 func dir(kids map[string]*tree) *tree { return &tree{dir: true, kids: kids} }
 
 // pack writes the tree to w.

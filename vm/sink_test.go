@@ -58,8 +58,8 @@ func outputNARs(t testing.TB) (nars [][]byte, stream []byte) {
 	nars = [][]byte{
 		file("small").archive(t),
 		exact,
-		dir(map[string]*tree{"bin": dir(map[string]*tree{"a": program(bytesOf(3 << 20))}), "b": link2("c")}).archive(t),
-		link2("x").archive(t),
+		dir(map[string]*tree{"bin": dir(map[string]*tree{"a": program(bytesOf(3 << 20))}), "b": symlink("c")}).archive(t),
+		symlink("x").archive(t),
 	}
 	for _, n := range nars {
 		stream = append(stream, n...)
