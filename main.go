@@ -340,7 +340,11 @@ func (p *parser) duration(name string) time.Duration {
 	return d
 }
 
+// list reads a list with commas or spaces; nil if it is empty.
 func (p *parser) list(name string) []string {
+	if p.cfg.text(name) == "" {
+		return nil
+	}
 	return strings.FieldsFunc(p.cfg.text(name), func(r rune) bool { return r == ',' || r == ' ' })
 }
 
