@@ -66,11 +66,12 @@ func ServerHandshake(r *Reader, w *Writer, mine Hello) (theirs Hello, v Version,
 	theirs.Version = r.version()
 	v = min(mine.Version, theirs.Version)
 	if r.err == nil && v >= 1<<8|38 {
+		// Clients send their set first, and wait for ours before they go on.
+		theirs.Features = r.set(maxSmall)
 		w.Strings(mine.Features)
 		if err := w.Flush(); err != nil {
 			return theirs, v, err
 		}
-		theirs.Features = r.set(maxSmall)
 	}
 	if v >= 1<<8|14 && r.u64() != 0 {
 		r.u64() // the CPU that the client wants; obsolete
@@ -112,14 +113,15 @@ func ClientHandshake(r *Reader, w *Writer, mine Hello) (theirs Hello, v Version,
 	}
 	if v >= 1<<8|38 {
 		w.Strings(mine.Features)
+		if err := w.Flush(); err != nil {
+			return theirs, v, err
+		}
+		theirs.Features = r.set(maxSmall)
 	}
 	w.Uint64(0) // CPU
 	w.Uint64(0) // reserve space
 	if err := w.Flush(); err != nil {
 		return theirs, v, err
-	}
-	if v >= 1<<8|38 {
-		theirs.Features = r.set(maxSmall)
 	}
 	if v >= 1<<8|33 {
 		theirs.Nix = r.str(maxSmall)

@@ -71,13 +71,17 @@ func writeBuiltOutputs(w *Writer, outputs map[string]Realisation) {
 	}
 }
 
+// maxRealisation is the longest JSON of a realisation, in bytes: with its
+// dependencies, as Nix 2.8 and 2.26 list them, thousands of lines.
+const maxRealisation = 4 << 20
+
 // realisationJSON is a realisation as a string.
 func realisationJSON(c codec, real *Realisation) {
 	if !c.reading() {
 		c.w.Bytes(real.JSON())
 		return
 	}
-	text := c.r.bytes(MaxMessage)
+	text := c.r.bytes(maxRealisation)
 	if c.r.err != nil {
 		return
 	}
