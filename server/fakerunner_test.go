@@ -150,6 +150,10 @@ type buildTest struct {
 	runner  *fakeRunner
 	account store.Account
 	session *Session
+
+	modulo   *nixproto.Modulo
+	drvFiles map[nixproto.StorePath]*nixproto.Derivation // that addDrv made
+	unstored []store.Registration                        // of them; see flush
 }
 
 func newBuildTest(t *testing.T, change func(*BuildsConfig)) *buildTest {
@@ -163,7 +167,8 @@ func newBuildTest(t *testing.T, change func(*BuildsConfig)) *buildTest {
 			t.Error(err)
 		}
 	})
-	bt := &buildTest{t: t, st: st, runner: &fakeRunner{acts: map[string]func(*fakeRun) error{}, runs: map[string]int{}}}
+	bt := &buildTest{t: t, st: st, drvFiles: map[nixproto.StorePath]*nixproto.Derivation{}, runner: &fakeRunner{acts: map[string]func(*fakeRun) error{}, runs: map[string]int{}}}
+	bt.modulo = nixproto.NewModulo(func(p nixproto.StorePath) (*nixproto.Derivation, error) { return bt.drvFiles[p], nil })
 	cfg := BuildsConfig{Store: st, Runner: bt.runner, Room: Room{Guests: 4, MemoryMiB: 1 << 20, CPUs: 1000}}
 	if testing.Verbose() {
 		cfg.Logger = slog.New(slog.NewTextHandler(t.Output(), nil))
@@ -200,6 +205,17 @@ func (bt *buildTest) add(name, text string, refs ...nixproto.StorePath) nixproto
 
 func (bt *buildTest) addFor(a store.AccountID, name, text string, refs ...nixproto.StorePath) nixproto.StorePath {
 	bt.t.Helper()
+	bt.flush()
+	reg := bt.text(name, text, refs)
+	if err := bt.st.Register(bt.t.Context(), a, []store.Registration{reg}); err != nil {
+		bt.t.Fatal(err)
+	}
+	return reg.Info.Path
+}
+
+// text stages a text with references.
+func (bt *buildTest) text(name, text string, refs []nixproto.StorePath) store.Registration {
+	bt.t.Helper()
 	refs = slices.Compact(slices.Sorted(slices.Values(refs)))
 	hash := nixproto.SumSHA256([]byte(text))
 	path, err := nixproto.MakeTextPath(name, hash, refs)
@@ -210,21 +226,28 @@ func (bt *buildTest) addFor(a store.AccountID, name, text string, refs ...nixpro
 	if err != nil {
 		bt.t.Fatal(err)
 	}
-	defer staged.Discard()
 	w := nar.NewWriter(staged)
 	err = w.File("", false, int64(len(text)))
 	if err == nil {
 		_, err = io.WriteString(w, text)
 	}
-	err = errors.Join(err, w.Close(), staged.Finish())
-	if err == nil {
-		info := nixproto.PathInfo{Path: path, References: refs, CA: nixproto.ContentAddress{Method: nixproto.CAText, Hash: hash}.String()}
-		err = bt.st.Register(bt.t.Context(), a, []store.Registration{{Info: info, Staged: staged}})
-	}
-	if err != nil {
+	if err = errors.Join(err, w.Close(), staged.Finish()); err != nil {
 		bt.t.Fatal(err)
 	}
-	return path
+	ca := nixproto.ContentAddress{Method: nixproto.CAText, Hash: hash}
+	return store.Registration{Info: nixproto.PathInfo{Path: path, References: refs, CA: ca.String()}, Staged: staged}
+}
+
+// flush stores the derivations that were added, all at once.
+func (bt *buildTest) flush() {
+	bt.t.Helper()
+	if len(bt.unstored) == 0 {
+		return
+	}
+	if err := bt.st.Register(bt.t.Context(), bt.account.ID, bt.unstored); err != nil {
+		bt.t.Fatal(err)
+	}
+	bt.unstored = nil
 }
 
 // drv returns an input-addressed derivation with the outputs named, "out" if
@@ -280,10 +303,7 @@ func (bt *buildTest) dependsOn(d *nixproto.Derivation, on nixproto.StorePath, ou
 		d.InputDrvs = map[nixproto.StorePath][]string{}
 	}
 	d.InputDrvs[on] = outputs
-	input, err := bt.readDrv(bt.t.Context(), bt.account.ID, on)
-	if err != nil {
-		bt.t.Fatal(err)
-	}
+	input := bt.drvFiles[on]
 	for _, o := range outputs {
 		p := string(input.Outputs[o].Path)
 		if p == "" {
@@ -297,9 +317,7 @@ func (bt *buildTest) dependsOn(d *nixproto.Derivation, on nixproto.StorePath, ou
 // unknown if they are deferred.
 func (bt *buildTest) settlePaths(d *nixproto.Derivation) {
 	bt.t.Helper()
-	m := nixproto.NewModulo(func(p nixproto.StorePath) (*nixproto.Derivation, error) {
-		return bt.readDrv(bt.t.Context(), bt.account.ID, p)
-	})
+	m := bt.modulo
 	if kind, err := d.Kind(); err != nil || kind != nixproto.Deferred {
 		return
 	}
@@ -318,11 +336,14 @@ func (bt *buildTest) settlePaths(d *nixproto.Derivation) {
 	}
 }
 
-// addDrv completes d and puts its file into alice's view.
+// addDrv completes d and puts its file into alice's view, at the next flush.
 func (bt *buildTest) addDrv(d *nixproto.Derivation) nixproto.StorePath {
 	bt.t.Helper()
 	bt.settlePaths(d)
-	return bt.add(d.Name+".drv", string(d.ATerm()), d.References()...)
+	reg := bt.text(d.Name+".drv", string(d.ATerm()), d.References())
+	bt.unstored = append(bt.unstored, reg)
+	bt.drvFiles[reg.Info.Path] = d
+	return reg.Info.Path
 }
 
 // request asks for a derivation without input derivations.
@@ -339,6 +360,7 @@ func (bt *buildTest) request(d *nixproto.Derivation) *BuildRequest {
 // build builds and returns the result and what the client saw.
 func (bt *buildTest) build(req *BuildRequest) (*nixproto.BuildResult, *fakeSink) {
 	bt.t.Helper()
+	bt.flush()
 	sink := newFakeSink()
 	ctx, cancel := context.WithTimeout(bt.t.Context(), patience)
 	defer cancel()
@@ -352,6 +374,7 @@ func (bt *buildTest) build(req *BuildRequest) (*nixproto.BuildResult, *fakeSink)
 // paths builds derived paths.
 func (bt *buildTest) paths(mode nixproto.BuildMode, paths ...nixproto.DerivedPath) ([]nixproto.KeyedBuildResult, *fakeSink) {
 	bt.t.Helper()
+	bt.flush()
 	sink := newFakeSink()
 	ctx, cancel := context.WithTimeout(bt.t.Context(), patience)
 	defer cancel()

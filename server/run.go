@@ -161,25 +161,41 @@ func (b *Builds) runGuest(f *flight, j *job, in *jobInputs, lease *store.Lease, 
 	a.log = newRunLog(file, time.Now())
 	f.Tell(flightEvent{attempt: a})
 
-	produced, err := b.newProduced(j, in)
-	if err != nil {
-		return b.broken(j, "prepare outputs", errors.Join(err, a.log.Close())), nil
+	result, produced, err := b.runOnce(ctx, j, in, a)
+	// Compressing the log takes as long as registering outputs does. Those who
+	// follow it come to its end at once.
+	closed := make(chan error, 1)
+	go func() { closed <- a.log.Close() }()
+	var outputs []store.BuildOutput
+	var paths map[string]nixproto.StorePath
+	if err == nil {
+		outputs, paths, err = b.finish(ctx, j, in, lease, a, produced)
 	}
-	defer produced.discard()
-	result, err := b.cfg.Runner.Run(ctx, produced.spec(b, j, in, a), a.log, produced)
-	if logErr := a.log.Close(); err == nil && logErr != nil {
+	if produced != nil {
+		produced.discard()
+	}
+	if logErr := <-closed; err == nil && logErr != nil {
 		err = fmt.Errorf("write the log: %w", logErr)
 	}
 	if err != nil {
-		return b.failedRun(ctx, j, a, err), nil
-	}
-	outputs, paths, err := b.finish(ctx, j, in, lease, a, produced)
-	if err != nil {
 		end := b.failedRun(ctx, j, a, err)
-		end.result = *result
+		if result != nil {
+			end.result = *result
+		}
 		return end, nil
 	}
 	return &ending{status: reuse.Built, code: nixproto.Built, paths: paths, result: *result}, outputs
+}
+
+// runOnce runs the builder. The outputs are the caller's to discard, also after
+// an error.
+func (b *Builds) runOnce(ctx context.Context, j *job, in *jobInputs, a *attempt) (*vm.Result, *produced, error) {
+	p, err := b.newProduced(j, in)
+	if err != nil {
+		return nil, nil, err
+	}
+	result, err := b.cfg.Runner.Run(ctx, p.spec(b, j, in, a), a.log, p)
+	return result, p, err
 }
 
 // failedRun is the end of a run that brought no outputs.
