@@ -267,7 +267,7 @@ func chain(n int, loop bool) (func(StorePath) (*Derivation, error), StorePath) {
 }
 
 func TestModuloLongChain(t *testing.T) {
-	lookup, first := chain(50000, false)
+	lookup, first := chain(20000, false)
 	m := NewModulo(lookup)
 	if _, deferred, err := m.Hash(first); err != nil || deferred {
 		t.Errorf("deferred %v, %v", deferred, err)

@@ -10,7 +10,7 @@ secret-key-files = $key
 "
 [ -e "$key" ] || nix-store --generate-binary-cache-key test.example-1 "$key" "$here/key.public"
 cd "$here"
-rm -rf ./*.drv ./*.nar
+rm -f ./*.drv ./*.nar
 
 attrs=$(nix-instantiate --eval -E 'builtins.concatStringsSep " " (builtins.attrNames (removeAttrs (import ./.) [ "text" ]))' | tr -d '"')
 : > drvs
@@ -52,4 +52,10 @@ for p in $(nix path-info --all | grep -v '\.drv$'); do
   if nix path-info --json --json-format 1 "$p" | grep -q '"ca":"'; then
     nix-store --dump "$p" > "$(basename "$p").nar"
   fi
+done
+for a in dependent fixedFlat floatingSelf; do
+  p=$(nix-store -r "$(grep "^$a " drvs | cut -d' ' -f2)")
+  nix copy --to "file://$work/cache?compression=xz" "$p"
+  h=$(basename "$p" | cut -c1-32)
+  cp "$work/cache/$h.narinfo" $a.narinfo
 done
