@@ -18,7 +18,7 @@ func TestArguments(t *testing.T) {
 		{
 			name: "template", m: tcg, how: modeBoot,
 			want: []string{"-smp 2", "-m 2560M", "-cpu max", "-accel tcg,thread=multi,tb-size=128",
-				"size=2560M,mem-path=/proc/self/fd/3,share=on,reserve=off", "tsc_early_khz=2445430", "no_timer_check", "maxcpus=1"},
+				"size=2560M,mem-path=/proc/self/fd/3,share=on,reserve=off", "tsc_early_khz=2445430", "no_timer_check"},
 			lack: []string{"-incoming", "share=off"},
 		},
 		{
@@ -98,9 +98,9 @@ func TestMachineFor(t *testing.T) {
 		want          machine
 		err           string
 	}{
-		{cores: 1, memory: 512, want: machine{"tcg", 2, 2560, 2000000}},
+		{cores: 1, memory: 512, want: machine{"tcg", 1, 2560, 2000000}},
 		{cores: 2, memory: 2048, want: machine{"tcg", 2, 2560, 2000000}},
-		{cores: 3, memory: 4096, want: machine{"tcg", 8, 10240, 2000000}},
+		{cores: 3, memory: 4096, want: machine{"tcg", 4, 10240, 2000000}},
 		{cores: 128, memory: 100000, want: machine{"tcg", 128, 163840, 2000000}},
 		{cores: 129, memory: 512, err: "at most 128 processors"},
 		{cores: 1, memory: 1 << 20, err: "at most 163840 MiB"},

@@ -13,13 +13,12 @@ const (
 	overheadMiB = 256
 )
 
-// The sizes of guests. A template is made for each size that is used, so they
-// are few and far apart: memory that a build does not use costs 25 MiB a GiB,
-// once a template, and processors that it does not use stay offline. What bounds
-// a build is its cgroup in the guest and QEMU's on the host.
+// The sizes of guests. A template is made for each size that is used, so there
+// are few. Memory that a build does not use costs 25 MiB a GiB, once a
+// template; what bounds a build is its cgroup in the guest and QEMU's on the host.
 var (
 	memoryClasses = []int{2560, 10 << 10, 40 << 10, 160 << 10} // MiB
-	vcpuClasses   = []int{2, 8, 32, 128}
+	vcpuClasses   = []int{1, 2, 4, 8, 16, 32, 64, 128}
 )
 
 // MemoryCostMiB is the memory of the host that a build may take, given what

@@ -282,7 +282,7 @@ func (p *platform) pairKey(accel string) (string, error) {
 
 // bootOnce boots a small guest until its agent answers.
 func (r *Runner) bootOnce(ctx context.Context, p *platform, accel string) (err error) {
-	m := machine{accel: accel, vcpus: vcpuClasses[0], memoryMiB: 1024, tscKHz: p.tscKHz}
+	m := machine{accel: accel, vcpus: 2, memoryMiB: 1024, tscKHz: p.tscKHz}
 	if accel == "kvm" {
 		var stop context.CancelFunc
 		ctx, stop = context.WithTimeoutCause(ctx, kvmDeadline,
