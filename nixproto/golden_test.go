@@ -60,6 +60,9 @@ func newSide(b []byte) *side {
 	return s
 }
 
+// since returns what was decoded since the rest was before.
+func (s *side) since(before []byte) []byte { return before[:len(before)-len(s.src.rest)] }
+
 // sliceSource is a Source whose position can be seen.
 type sliceSource struct{ rest []byte }
 
@@ -74,11 +77,18 @@ func (s *sliceSource) Ready() bool   { return true }
 
 // A session decodes a recording and encodes it again.
 type session struct {
-	t       *testing.T
-	c, s    *side
-	v       Version
-	ops     map[string]int // how often each operation was seen
-	streams func(kind string, payload []byte)
+	t    testing.TB
+	c, s *side
+	v    Version
+	note func(piece) // is told each piece of the recording
+}
+
+// A piece is one message of a recording, as its bytes.
+type piece struct {
+	kind  string // "request", "response", "log", "framed", "serve request", "serve response"
+	v     Version
+	op    uint64
+	bytes []byte
 }
 
 // errCut says that a recording ends inside an answer, as after a Ctrl-C.
@@ -90,7 +100,14 @@ func TestRecordings(t *testing.T) {
 	seen := map[string]int{}
 	for _, rec := range recordings(t) {
 		t.Run(rec.name, func(t *testing.T) {
-			s := newSession(t, rec, seen)
+			s := newSession(t, rec, func(p piece) {
+				switch p.kind {
+				case "request":
+					seen[Op(p.op).String()]++
+				case "serve request":
+					seen["serve/"+ServeCommand(p.op).String()]++
+				}
+			})
 			err := s.run()
 			cut := strings.Contains(rec.name, "hook-interrupt") && errors.Is(err, errCut)
 			if err != nil && !cut {
@@ -114,8 +131,8 @@ var recordedOps = strings.Fields(`IsValidPath QueryReferrers AddToStore BuildPat
 	QueryRealisation AddMultipleToStore AddBuildLog BuildPathsWithResults serve/QueryValidPaths serve/QueryPathInfos
 	serve/DumpStorePath serve/QueryClosure serve/BuildDerivation serve/AddToStoreNar`)
 
-func newSession(t *testing.T, rec recording, seen map[string]int) *session {
-	return &session{t: t, c: newSide(rec.c2s), s: newSide(rec.s2c), ops: seen, streams: func(string, []byte) {}}
+func newSession(t testing.TB, rec recording, note func(piece)) *session {
+	return &session{t: t, c: newSide(rec.c2s), s: newSide(rec.s2c), note: note}
 }
 
 func (s *session) run() error {
@@ -185,6 +202,7 @@ func (s *session) worker() error {
 // reports whether that was LogLast.
 func (s *session) messages() (bool, error) {
 	for {
+		before := s.s.src.rest
 		m, err := ReadLog(s.s.Reader, s.v)
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 			return false, errCut
@@ -192,6 +210,7 @@ func (s *session) messages() (bool, error) {
 		if err != nil {
 			return false, err
 		}
+		s.note(piece{"log", s.v, m.code(), s.s.since(before)})
 		if err := WriteLog(s.s.w, s.v, m); err != nil {
 			return false, err
 		}
@@ -205,11 +224,12 @@ func (s *session) messages() (bool, error) {
 }
 
 func (s *session) operation() error {
+	before := s.c.src.rest
 	req, err := ReadRequest(s.c.Reader, s.v)
 	if err != nil {
 		return err
 	}
-	s.ops[req.Op().String()]++
+	s.note(piece{"request", s.v, uint64(req.Op()), s.c.since(before)})
 	if err := WriteRequest(s.c.w, s.v, req); err != nil {
 		return err
 	}
@@ -220,10 +240,12 @@ func (s *session) operation() error {
 	if err != nil || !ok {
 		return err
 	}
+	before = s.s.src.rest
 	resp, err := ReadResponse(s.s.Reader, s.v, req)
 	if err != nil {
 		return err
 	}
+	s.note(piece{"response", s.v, uint64(req.Op()), s.s.since(before)})
 	if err := WriteResponse(s.s.w, s.v, resp); err != nil {
 		return err
 	}
@@ -261,8 +283,8 @@ func (s *session) upload(req Request) error {
 	if err := errors.Join(framed.Finish(), w.Flush()); err != nil {
 		return err
 	}
-	s.streams(req.Op().String(), payload.Bytes())
-	return reframe(s.c.w, before[:len(before)-len(s.c.src.rest)], payload.Bytes())
+	s.note(piece{"framed", s.v, uint64(req.Op()), s.c.since(before)})
+	return reframe(s.c.w, s.c.since(before), payload.Bytes())
 }
 
 // reframe writes payload in frames of the sizes that those in recorded have.
@@ -347,11 +369,12 @@ func (s *session) serve() error {
 }
 
 func (s *session) command() error {
+	before := s.c.src.rest
 	req, err := ReadServeRequest(s.c.Reader, s.v)
 	if err != nil {
 		return err
 	}
-	s.ops["serve/"+req.Command().String()]++
+	s.note(piece{"serve request", s.v, uint64(req.Command()), s.c.since(before)})
 	if err := WriteServeRequest(s.c.w, s.v, req); err != nil {
 		return err
 	}
@@ -360,10 +383,12 @@ func (s *session) command() error {
 			return err
 		}
 	}
+	before = s.s.src.rest
 	resp, err := ReadServeResponse(s.s.Reader, s.v, req)
 	if err != nil {
 		return err
 	}
+	s.note(piece{"serve response", s.v, uint64(req.Command()), s.s.since(before)})
 	if err := WriteResponse(s.s.w, s.v, resp); err != nil {
 		return err
 	}

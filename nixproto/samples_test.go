@@ -180,7 +180,7 @@ func sampleLogs() []LogMessage {
 		&LogWrite{[]byte("data")},
 		&LogLast{},
 		&LogError{Level: LevelInfo, Name: "n", Message: "m", Traces: []string{"a", "b"}},
-		&LogError{Message: strings.Repeat("long ", 20000)},
+		&LogError{Message: strings.Repeat("long ", 2000)},
 		&LogStartActivity{1 << 40, LevelInfo, ActBuild, "building", fields, 7},
 		&LogStopActivity{9},
 		&LogResult{1, ResBuildLogLine, fields},
