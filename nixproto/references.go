@@ -39,35 +39,36 @@ func forEachHashPart(b []byte, set *partFilter, found func(at int)) {
 }
 
 // A partFilter tells most hash parts that are not in a set from those that are:
-// a table of bits, sixteen for each of the set, indexed by eight characters in
-// the middle of a hash part. Hexadecimal or base 64 text would otherwise cost a
-// map's look-up for each character.
+// a Bloom filter in which eight characters of a hash part choose two bits of a
+// word, with a word for each four of the set. Hexadecimal or base 64 text would
+// otherwise cost a map's look-up for each character.
 type partFilter struct {
-	bits  []uint64
+	words []uint64
 	shift uint
 }
 
 func newPartFilter(n int) partFilter {
-	bits := uint(6)
-	for 1<<bits < 16*n {
-		bits++
+	size := uint(0)
+	for 4<<size < n {
+		size++
 	}
-	return partFilter{make([]uint64, 1<<(bits-6)), 64 - bits}
+	return partFilter{make([]uint64, 1<<size), 64 - size}
 }
 
-// slot returns the bit of the hash part that b begins with.
-func (f *partFilter) slot(b []byte) uint64 {
-	return binary.LittleEndian.Uint64(b[12:]) * 0x9e3779b97f4a7c15 >> f.shift
+// slot returns the word and the bits of the hash part that b begins with.
+func (f *partFilter) slot(b []byte) (word int, bits uint64) {
+	h := binary.LittleEndian.Uint64(b[12:]) * 0x9e3779b97f4a7c15
+	return int(h >> f.shift), 1<<(h>>24&63) | 1<<(h>>30&63)
 }
 
 func (f *partFilter) add(b []byte) {
-	s := f.slot(b)
-	f.bits[s/64] |= 1 << (s % 64)
+	word, bits := f.slot(b)
+	f.words[word] |= bits
 }
 
 func (f *partFilter) has(b []byte) bool {
-	s := f.slot(b)
-	return f.bits[s/64]&(1<<(s%64)) != 0
+	word, bits := f.slot(b)
+	return f.words[word]&bits == bits
 }
 
 // A Scanner finds which of a set of store paths occur in a stream of bytes, by
