@@ -32,8 +32,9 @@ type moduloHash struct {
 	outputs  []string
 }
 
-// NewModulo returns a Modulo that gets derivations from lookup. It may ask for
-// the same one twice, and keeps none of them.
+// NewModulo returns a Modulo that gets derivations from lookup, which has to
+// return the one whose DrvPath is the path asked for: the hashes are as right as
+// that is. Modulo may ask for the same one twice, and keeps none of them.
 func NewModulo(lookup func(StorePath) (*Derivation, error)) *Modulo {
 	return &Modulo{lookup: lookup, memo: map[StorePath]*moduloHash{}}
 }
