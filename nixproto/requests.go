@@ -348,7 +348,7 @@ func (q *QueryRealisation) fields(c codec)   { drvOutput(c, &q.DrvHash, &q.Outpu
 func (q *QueryRealisation) answer() Response { return new(RealisationSet) }
 
 // AddMultipleToStore adds paths, references before what refers to them. A framed
-// stream follows: their number (ReadUint64), then for each a ReadPathInfo and
+// stream follows: their number (Uint64), then for each a ReadPathInfo and
 // its NAR. No response.
 type AddMultipleToStore struct{ Repair, DontCheckSigs bool }
 
