@@ -139,7 +139,8 @@ func TestBuildKeyOfHookAndGraph(t *testing.T) {
 
 func TestBuildFailures(t *testing.T) {
 	limits := Limits{Timeout: 7 * time.Second, MaxSilent: 5 * time.Second, MaxLogSize: 1000}
-	for _, c := range []struct {
+	bt := newBuildTest(t, nil)
+	for i, c := range []struct {
 		name   string
 		err    error
 		status nixproto.BuildStatus
@@ -161,22 +162,23 @@ func TestBuildFailures(t *testing.T) {
 		{"fifo", &vm.BuildError{Kind: vm.OutputRefused, Message: "'p' is a FIFO"}, nixproto.OutputRejected, store.StatusBuildFailed, []string{"FIFO"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			bt := newBuildTest(t, nil)
-			bt.runner.act("x", func(f *fakeRun) error {
+			bt.t = t
+			name := fmt.Sprint("x-", i)
+			bt.runner.act(name, func(f *fakeRun) error {
 				if f.spec.Timeout != limits.Timeout || f.spec.MaxSilent != limits.MaxSilent || f.spec.MaxLog != limits.MaxLogSize {
 					t.Errorf("limits of the guest: %+v", f.spec)
 				}
 				f.say("one\n@nix {}\nlost\rlast word\n\x1b[31mred")
 				return c.err
 			})
-			req := bt.request(drv("x"))
+			req := bt.request(drv(name))
 			req.Limits = limits
 			r, _ := bt.build(req)
 			wantError(t, r, c.status, c.parts...)
-			if rec := bt.records()[0]; rec.Status != c.record || rec.Error == "" || strings.Contains(rec.Error, "\n") {
+			if rec := bt.records()[i]; rec.Status != c.record || rec.Error == "" || strings.Contains(rec.Error, "\n") {
 				t.Errorf("record %q, %q", rec.Status, rec.Error)
 			}
-			if n := bt.runner.count("x"); n != 1 {
+			if n := bt.runner.count(name); n != 1 {
 				t.Errorf("%d runs", n)
 			}
 			if valid, err := bt.st.Valid(t.Context(), bt.account.ID, staticOutputs(req.Drv)); err != nil || len(valid) != 0 {
@@ -195,6 +197,7 @@ func TestBuildRefusals(t *testing.T) {
 	wrongFixed.Outputs["out"] = out
 	git := drv("x")
 	git.Outputs["out"] = nixproto.DerivationOutput{HashAlgo: "git:sha1"}
+	bt := newBuildTest(t, nil)
 	for _, c := range []struct {
 		name  string
 		drv   *nixproto.Derivation
@@ -215,7 +218,7 @@ func TestBuildRefusals(t *testing.T) {
 		{"git", git, nil, []string{"Git"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			bt := newBuildTest(t, nil)
+			bt.t = t
 			d := c.drv
 			if d == nil || d.Outputs == nil {
 				d = drv("x")

@@ -146,6 +146,7 @@ func exit(status int) error {
 type buildTest struct {
 	*Builds
 	t       *testing.T
+	dir     string // of st
 	st      *store.Store
 	runner  *fakeRunner
 	account store.Account
@@ -158,7 +159,8 @@ type buildTest struct {
 
 func newBuildTest(t *testing.T, change func(*BuildsConfig)) *buildTest {
 	t.Helper()
-	st, err := store.Open(t.TempDir(), store.Config{ServerName: "test", MinFree: -1})
+	dir := t.TempDir()
+	st, err := store.Open(dir, store.Config{ServerName: "test", MinFree: -1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -167,7 +169,7 @@ func newBuildTest(t *testing.T, change func(*BuildsConfig)) *buildTest {
 			t.Error(err)
 		}
 	})
-	bt := &buildTest{t: t, st: st, drvFiles: map[nixproto.StorePath]*nixproto.Derivation{}, runner: &fakeRunner{acts: map[string]func(*fakeRun) error{}, runs: map[string]int{}}}
+	bt := &buildTest{t: t, dir: dir, st: st, drvFiles: map[nixproto.StorePath]*nixproto.Derivation{}, runner: &fakeRunner{acts: map[string]func(*fakeRun) error{}, runs: map[string]int{}}}
 	bt.modulo = nixproto.NewModulo(func(p nixproto.StorePath) (*nixproto.Derivation, error) { return bt.drvFiles[p], nil })
 	cfg := BuildsConfig{Store: st, Runner: bt.runner, Room: Room{Guests: 4, MemoryMiB: 1 << 20, CPUs: 1000}}
 	if testing.Verbose() {
