@@ -371,7 +371,7 @@ func (s *Store) flusher() {
 		select {
 		case <-s.closing:
 			return
-		case <-time.After(flushAfter):
+		case <-time.After(s.flushAfter):
 		}
 		if err := s.flush(); err != nil {
 			s.log.Error("write pending commits to the database", "error", err)

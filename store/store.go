@@ -100,6 +100,7 @@ type Store struct {
 	pending      pending
 	pendingCount atomic.Int64 // of pending, without a lock
 	flushWake    chan struct{}
+	flushAfter   time.Duration // flushAfter, but in tests
 
 	// sweep is set while Sweep looks for blobs that nobody has; guarded by
 	// commitMu. One Sweep runs at a time, with sweepMu held.
@@ -129,9 +130,9 @@ func Open(dir string, cfg Config) (*Store, error) {
 		dir: dir, cfg: cfg, log: cfg.Logger,
 		segs:      &segments{dir: filepath.Join(dir, "segments"), open: make(map[uint64]*segment), dirty: make(map[*segment]bool)},
 		pins:      newPins(),
-		flushWake: make(chan struct{}, 1),
-		strays:    make(map[sum]bool),
-		closing:   make(chan struct{}),
+		flushWake: make(chan struct{}, 1), flushAfter: flushAfter,
+		strays:  make(map[sum]bool),
+		closing: make(chan struct{}),
 	}
 	if err := s.open(); err != nil {
 		return nil, fmt.Errorf("open store in %s: %w", dir, err)
