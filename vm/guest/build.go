@@ -33,17 +33,22 @@ func newBuild(order *link.BuildOrder, conn *link.Conn, log io.Writer) *build {
 func (b *build) run() *link.Result {
 	r := &link.Result{}
 	if err := b.inGuest(r); err != nil {
-		var bad *outputError
-		switch {
-		case errors.As(err, &bad):
-			r.Kind, r.Message = bad.kind, bad.msg
-		case b.ctx.Err() != nil:
-			r.Kind = link.Cancelled
-		default:
-			r.Kind, r.Message = link.Internal, err.Error()
-		}
+		b.judge(r, err)
 	}
 	return r
+}
+
+// judge says in r whose failure an error is.
+func (b *build) judge(r *link.Result, err error) {
+	var bad *outputError
+	switch {
+	case errors.As(err, &bad):
+		r.Kind, r.Message = bad.kind, bad.msg
+	case b.ctx.Err() != nil:
+		r.Kind = link.Cancelled
+	default:
+		r.Kind, r.Message = link.Internal, err.Error()
+	}
 }
 
 // inGuest does everything between order and result. Its error is an

@@ -1,0 +1,154 @@
+package guest
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"nbd/vm/link"
+)
+
+// TestAgentRefuses has what a host must not ask of its guest.
+func TestAgentRefuses(t *testing.T) {
+	short := &link.Wake{Entropy: make([]byte, link.MinEntropy-1), Time: 1}
+	for _, tt := range []struct {
+		name string
+		a    *agent
+		m    link.Message
+		want string
+	}{
+		{"build before wake", &agent{}, &link.BuildOrder{}, "before wake"},
+		{"second build", &agent{awake: true, build: &build{}}, &link.BuildOrder{}, "second build"},
+		{"too little entropy", &agent{}, short, "63 bytes of entropy are not enough"},
+		{"what a guest says", &agent{awake: true}, &link.Beat{}, "host sent *link.Beat"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if err := tt.a.handle(tt.m); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want %q", err, tt.want)
+			}
+		})
+	}
+	if err := (&agent{}).handle(&link.Cancel{}); err != nil {
+		t.Errorf("cancel without a build: %v", err)
+	}
+}
+
+func TestAgentSaysHello(t *testing.T) {
+	host, guest := net.Pipe()
+	defer host.Close()
+	defer guest.Close()
+	sent := make(chan error, 1)
+	go func() { sent <- (&agent{conn: link.Guest(guest)}).hello() }()
+	m, err := link.Host(host).Receive()
+	must(t, err, <-sent)
+	if h, ok := m.(*link.Hello); !ok || h.Version != link.Version || h.Kernel == "" {
+		t.Errorf("got %+v", m)
+	}
+}
+
+// TestBuildFailureIsInternal sees that a build for which the guest has no disks
+// is told as the guest's failure, and a cancelled one as such.
+func TestBuildFailureIsInternal(t *testing.T) {
+	order := &link.BuildOrder{Inputs: []string{"../x"}}
+	st, err := newStage(t.TempDir(), t.TempDir(), "", order)
+	if err == nil {
+		t.Fatalf("made %v", st)
+	}
+	for _, tt := range []struct {
+		err    error
+		cancel bool
+		want   link.Result
+	}{
+		{err, false, link.Result{Kind: link.Internal, Message: `make sandbox: bad file name "../x"`}},
+		{err, true, link.Result{Kind: link.Cancelled}},
+		{refused("file %d", 1), false, link.Result{Kind: link.OutputRefused, Message: "file 1"}},
+	} {
+		b := newBuild(order, nil, nil)
+		if tt.cancel {
+			b.cancel()
+		}
+		r := &link.Result{}
+		b.judge(r, tt.err)
+		if diff := cmp.Diff(&tt.want, r); diff != "" {
+			t.Error(diff)
+		}
+	}
+}
+
+// TestPumpWaits sees that the reader stops when nobody takes the log, and that
+// nothing is lost.
+func TestPumpWaits(t *testing.T) {
+	out, w := io.Pipe()
+	in := bytes.NewReader(bytes.Repeat([]byte("0123456789abcdef"), 64<<10)) // 1 MiB
+	type end struct {
+		n   int64
+		err error
+	}
+	ended := make(chan end, 1)
+	go func() {
+		n, err := pump(w, in)
+		w.Close()
+		ended <- end{n, err}
+	}()
+	var got bytes.Buffer
+	if _, err := io.CopyN(&got, out, 1); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(50 * time.Millisecond) // time to read too much
+	if taken := int64(1<<20) - int64(in.Len()); taken > 3*pumpSize {
+		t.Errorf("%d bytes were read ahead", taken)
+	}
+	_, err := io.Copy(&got, out)
+	e := <-ended
+	must(t, err, e.err)
+	if e.n != 1<<20 || got.Len() != 1<<20 || strings.Count(got.String(), "0123456789abcdef") != 64<<10 {
+		t.Errorf("%d bytes written, %d arrived", e.n, got.Len())
+	}
+}
+
+// TestUsage reads a cgroup's files as kernel 6.1 writes them.
+func TestUsage(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"cpu.stat":      "usage_usec 3500000\nuser_usec 2000000\nsystem_usec 1500000\nnr_periods 0\n",
+		"memory.events": "low 0\nhigh 0\nmax 12\noom 1\noom_kill 3\noom_group_kill 1\n",
+		"pids.events":   "max 5\n",
+	} {
+		must(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644))
+	}
+	c := &cgroup{dir}
+	want := usage{cpuUser: 2 * time.Second, cpuSystem: 1500 * time.Millisecond, oomKills: 3, processLimit: 5}
+	got, err := c.usage()
+	must(t, err)
+	if got != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+	must(t, os.WriteFile(filepath.Join(dir, "memory.peak"), []byte("4096000\n"), 0o644))
+	want.peakMemory = 4096000
+	if got, err = c.usage(); got != want || err != nil {
+		t.Errorf("%+v, %v, want %+v", got, err, want)
+	}
+	must(t, os.WriteFile(filepath.Join(dir, "pids.events"), []byte("max many\n"), 0o644))
+	if _, err := c.usage(); err == nil {
+		t.Error("no error for a file that says nothing")
+	}
+}
+
+func TestMemoryLimit(t *testing.T) {
+	all, err := memoryLimit(0)
+	must(t, err)
+	some, err := memoryLimit(16)
+	must(t, err)
+	most, err := memoryLimit(1 << 40)
+	must(t, err)
+	if some != 16<<20 || most != all || all <= some {
+		t.Errorf("limits are %d, %d, %d", all, some, most)
+	}
+}
