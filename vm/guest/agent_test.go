@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -82,11 +83,38 @@ func TestBuildFailureIsInternal(t *testing.T) {
 	}
 }
 
+// A greedyLog is a builder that writes 1 MiB as fast as it can.
+type greedyLog struct {
+	read    atomic.Int64
+	full    chan struct{} // closed when the pump holds as much as it may
+	unasked atomic.Int64  // bytes read before taken was set although it was full
+	taken   atomic.Bool   // somebody takes the log
+}
+
+func (g *greedyLog) Read(b []byte) (int, error) {
+	const total = 1 << 20
+	before := g.read.Load()
+	if before > 2*pumpSize && !g.taken.Load() {
+		g.unasked.Add(int64(len(b)))
+	}
+	n := min(int64(len(b)), total-before)
+	if n == 0 {
+		return 0, io.EOF
+	}
+	if g.read.Add(n) >= pumpSize && before < pumpSize {
+		close(g.full)
+	}
+	for i := range b[:n] {
+		b[i] = byte(before + int64(i))
+	}
+	return int(n), nil
+}
+
 // TestPumpWaits sees that the reader stops when nobody takes the log, and that
 // nothing is lost.
 func TestPumpWaits(t *testing.T) {
 	out, w := io.Pipe()
-	in := bytes.NewReader(bytes.Repeat([]byte("0123456789abcdef"), 64<<10)) // 1 MiB
+	in := &greedyLog{full: make(chan struct{})}
 	type end struct {
 		n   int64
 		err error
@@ -101,15 +129,21 @@ func TestPumpWaits(t *testing.T) {
 	if _, err := io.CopyN(&got, out, 1); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(50 * time.Millisecond) // time to read too much
-	if taken := int64(1<<20) - int64(in.Len()); taken > 3*pumpSize {
-		t.Errorf("%d bytes were read ahead", taken)
-	}
+	<-in.full
+	in.taken.Store(true)
 	_, err := io.Copy(&got, out)
 	e := <-ended
 	must(t, err, e.err)
-	if e.n != 1<<20 || got.Len() != 1<<20 || strings.Count(got.String(), "0123456789abcdef") != 64<<10 {
+	if n := in.unasked.Load(); n > 0 {
+		t.Errorf("%d bytes were read that nobody took", n)
+	}
+	if e.n != 1<<20 || got.Len() != 1<<20 {
 		t.Errorf("%d bytes written, %d arrived", e.n, got.Len())
+	}
+	for i, b := range got.Bytes() {
+		if b != byte(i) {
+			t.Fatalf("byte %d is %d", i, b)
+		}
 	}
 }
 
