@@ -28,7 +28,7 @@ const patience = 30 * time.Second
 // Builder that the test makes up.
 type testServer struct {
 	*Server
-	t       *testing.T
+	t       testing.TB
 	store   *store.Store
 	builder *fakeBuilder
 	addr    string
@@ -38,7 +38,7 @@ type testServer struct {
 }
 
 // newTestServer starts a server; change, if not nil, changes its Config.
-func newTestServer(t *testing.T, change func(*Config)) *testServer {
+func newTestServer(t testing.TB, change func(*Config)) *testServer {
 	t.Helper()
 	st, err := store.Open(t.TempDir(), store.Config{ServerName: "test", MinFree: -1})
 	if err != nil {
