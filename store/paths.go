@@ -12,7 +12,7 @@ import (
 )
 
 // Info returns what the account's view knows of a path, or ErrNotFound. The
-// caller must not change its lists.
+// result is the caller's, but for the elements of its lists.
 func (s *Store) Info(ctx context.Context, a AccountID, p nixproto.StorePath) (*nixproto.PathInfo, error) {
 	r, err := s.lookupRecord(a, p)
 	if err != nil {
@@ -21,7 +21,9 @@ func (s *Store) Info(ctx context.Context, a AccountID, p nixproto.StorePath) (*n
 	if r == nil {
 		return nil, fmt.Errorf("path %s: %w", p, ErrNotFound)
 	}
-	return &r.PathInfo, nil
+	info := r.PathInfo // a pending record stays as it is
+	info.References, info.Signatures = slices.Clip(info.References), slices.Clip(info.Signatures)
+	return &info, nil
 }
 
 // Valid returns those of paths that are in the account's view, in their order.

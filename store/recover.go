@@ -104,21 +104,25 @@ func (s *Store) replay(done place) error {
 	defer s.segs.mu.Unlock()
 	ends := make(map[uint64]int64)
 	ends[done.segment] = done.offset
-	for _, id := range ids {
+	for i, id := range ids {
+		if id < done.segment && i < len(ids)-1 {
+			continue
+		}
 		seg, err := s.segs.openLocked(id)
 		if err != nil {
 			return err
 		}
 		s.segs.last = seg
-		if id >= done.segment {
-			if err := s.replaySegment(seg, ends); err != nil {
-				return err
-			}
+		if id < done.segment { // the ones behind it were removed
+			continue
+		}
+		if err := s.replaySegment(seg, ends); err != nil {
+			return err
 		}
 	}
 	s.pendingCount.Store(int64(s.pending.count()))
 	for _, id := range ids {
-		if seg := s.segs.open[id]; id >= done.segment && seg.size > ends[id] {
+		if seg := s.segs.open[id]; seg != nil && id >= done.segment && seg.size > ends[id] {
 			if err := seg.f.Truncate(ends[id]); err != nil {
 				return err
 			}

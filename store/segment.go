@@ -14,6 +14,9 @@ import (
 // segmentLimit is how long a segment gets before the next one is begun.
 const segmentLimit = 64 << 20
 
+// maxOpenSegments is how many segments stay open when nobody reads them.
+const maxOpenSegments = 256
+
 // segments are the files that hold small NARs and commits. New frames go to the
 // end of the last one.
 type segments struct {
@@ -47,11 +50,6 @@ type segment struct {
 type place struct {
 	segment uint64
 	offset  int64
-}
-
-// less reports whether p lies before q.
-func (p place) less(q place) bool {
-	return p.segment < q.segment || p.segment == q.segment && p.offset < q.offset
 }
 
 func (g *segments) path(id uint64) string { return filepath.Join(g.dir, fmt.Sprintf("%08d", id)) }
@@ -109,7 +107,12 @@ func (g *segments) release(s *segment) error {
 }
 
 func (g *segments) releaseLocked(s *segment) error {
-	if s.refs--; s.refs == 0 {
+	s.refs--
+	if s.refs == 1 && g.open[s.id] == s && s != g.last && !g.dirty[s] && s.held == 0 && len(g.open) > maxOpenSegments {
+		delete(g.open, s.id)
+		s.refs--
+	}
+	if s.refs == 0 {
 		return s.f.Close()
 	}
 	return nil

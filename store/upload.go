@@ -24,8 +24,10 @@ type UploadOptions struct {
 }
 
 // An Upload brings paths into a view: Add for each, then Commit, which makes
-// all of them durable and visible at once, and ends the upload. It is used by
-// one goroutine; several uploads may go on at once.
+// all of them durable and visible at once, and ends the upload. Until then its
+// paths and what they refer to are leased; who goes on using them takes a lease
+// of its own before. It is used by one goroutine; several uploads may go on at
+// once.
 type Upload struct {
 	ctx   context.Context
 	opts  UploadOptions

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -364,4 +365,77 @@ func TestBurst(t *testing.T) {
 	}
 	s = storetest.OpenDir(t, dir, store.Config{})
 	check()
+}
+
+// TestRepairCycle refuses a repair that would make two paths refer to each
+// other.
+func TestRepairCycle(t *testing.T) {
+	s := storetest.Open(t)
+	a := storetest.Account(t, s, "alice")
+	nar := storetest.File("x", false)
+	p := storetest.Unsigned("p", "p", nar)
+	q := storetest.Unsigned("q", "q", nar, p.Path)
+	storetest.Add(t, s, a, p, nar)
+	storetest.Add(t, s, a, q, nar)
+	u, err := s.NewUpload(ctx, a, store.UploadOptions{Repair: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u.Abort()
+	if err := u.Add(storetest.Unsigned("p", "p", nar, q.Path), bytes.NewReader(nar)); !errors.Is(err, store.ErrInvalid) {
+		t.Errorf("cycle: %v", err)
+	}
+}
+
+// TestRepairDamage has a repair mend blobs whose bytes are gone or wrong.
+func TestRepairDamage(t *testing.T) {
+	dir := t.TempDir()
+	s := storetest.OpenDir(t, dir, store.Config{})
+	a := storetest.Account(t, s, "alice")
+	for _, nar := range [][]byte{storetest.File("small", false), big(1, 100<<10)} {
+		info := storetest.Source("x", nar)
+		storetest.Add(t, s, a, info, nar)
+		for _, name := range append(files(t, dir+"/blobs"), files(t, dir+"/segments")...) {
+			if err := os.Chmod(name, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Truncate(name, 30); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := s.OpenBlob(ctx, info.NarHash); !errors.Is(err, store.ErrDamaged) {
+			t.Errorf("open of a damaged blob: %v", err)
+		}
+		if rep, err := s.Check(ctx, false); err != nil || rep.OK() {
+			t.Errorf("check: %+v, %v", rep, err)
+		}
+		u, err := s.NewUpload(ctx, a, store.UploadOptions{Repair: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := u.Add(info, bytes.NewReader(nar)); err != nil {
+			t.Fatal(err)
+		}
+		if err := u.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(content(t, s, a, info.Path), nar) {
+			t.Error("content is another")
+		}
+	}
+}
+
+// TestMemory uploads a path that is much larger than what may be allocated.
+func TestMemory(t *testing.T) {
+	s := storetest.Open(t)
+	a := storetest.Account(t, s, "alice")
+	nar := storetest.File(string(make([]byte, 96<<20)), false)
+	info := storetest.Source("large", nar)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	storetest.Add(t, s, a, info, nar)
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > 4<<20 {
+		t.Errorf("%d bytes were allocated", n)
+	}
 }
