@@ -48,11 +48,14 @@ type BuildsConfig struct {
 	Logger *slog.Logger
 }
 
-// A runner runs one build in a guest of its own (*vm.Runner). A build that
-// failed is a *vm.BuildError; any other error is transient. Run returns soon
-// after ctx ends, with nothing left of the guest.
+// A runner runs builds, each in a guest of its own (*vm.Runner). A build that
+// failed is a *vm.BuildError, one that cannot be tried a *vm.SpecError; any
+// other error is transient. Run returns soon after ctx ends, with nothing left
+// of the guest.
 type runner interface {
 	Run(ctx context.Context, spec *vm.Spec, log io.Writer, outs vm.Outputs) (*vm.Result, error)
+	// Status and Generation tell of guests what is known now.
+	Status() vm.Status
 	Generation() string
 }
 

@@ -428,6 +428,40 @@ func TestBuildGivesUpAfterRetries(t *testing.T) {
 	wantStatus(t, r, nixproto.Built)
 }
 
+func TestBuildThatCannotBeTried(t *testing.T) {
+	bt := newBuildTest(t, nil)
+	bt.runner.act("x", func(f *fakeRun) error { return &vm.SpecError{Message: "passAsFile is odd"} })
+	r, _ := bt.build(bt.request(drv("x")))
+	wantError(t, r, nixproto.InputRejected, "passAsFile is odd")
+	if recs := bt.records(); len(recs) != 1 || recs[0].Status != store.StatusClientError {
+		t.Errorf("records %+v", recs)
+	}
+}
+
+func TestBuildSurvivesPanics(t *testing.T) {
+	bt := newBuildTest(t, nil)
+	bt.runner.act("x", func(f *fakeRun) error { panic("a defect") })
+	r, _ := bt.build(bt.request(drv("x")))
+	wantError(t, r, nixproto.TransientFailure, "internal error")
+	if s := bt.QueueStatus(); s.Running != 0 || s.Free != s.Total {
+		t.Errorf("its place is not free again: %+v", s)
+	}
+}
+
+func TestBuildTellsOfEmulation(t *testing.T) {
+	bt := newBuildTest(t, nil)
+	bt.runner.status = vm.Status{Accel: "tcg", WhyNotKVM: "/dev/kvm is not there"}
+	req := bt.request(drv("x"))
+	r, sink := bt.build(req)
+	wantStatus(t, r, nixproto.Built)
+	if len(sink.notes) != 1 || !strings.Contains(sink.notes[0], "emulated machine (TCG)") || !strings.Contains(sink.notes[0], "/dev/kvm is not there") {
+		t.Errorf("notes %q", sink.notes)
+	}
+	if got := sink.log(req.DrvPath); got != "" {
+		t.Errorf("log %q", got)
+	}
+}
+
 func TestBuildRunsOutOfMemory(t *testing.T) {
 	bt := newBuildTest(t, func(c *BuildsConfig) { c.MemoryMiB, c.MaxMemoryMiB = 1000, 3000 })
 	var sizes []int

@@ -22,6 +22,7 @@ import (
 // by its name, or to write its variable "content" to each output.
 type fakeRunner struct {
 	mu      sync.Mutex
+	status  vm.Status
 	acts    map[string]func(*fakeRun) error
 	runs    map[string]int // by derivation name
 	running int
@@ -38,6 +39,8 @@ type fakeRun struct {
 }
 
 func (r *fakeRunner) Generation() string { return "fake 1" }
+
+func (r *fakeRunner) Status() vm.Status { return r.status }
 
 func (r *fakeRunner) act(name string, f func(*fakeRun) error) {
 	r.mu.Lock()

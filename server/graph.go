@@ -133,6 +133,9 @@ func (b *Builds) OutputMap(ctx context.Context, s *Session, path nixproto.StoreP
 		if err := g.hashOf(ctx, n); err != nil {
 			return nil, err
 		}
+		if n.result != nil {
+			return nil, refusef("%s", n.result.Error)
+		}
 		real, err := b.store.Realisation(ctx, s.account(), n.hash, name)
 		if notThere(err) {
 			continue
@@ -368,8 +371,8 @@ func (g *graph) run(ctx context.Context, log LogSink) error {
 			}
 			running++
 			go func() {
-				result, err := g.buildNode(ctx, n, log)
-				n.result = result
+				var err error
+				n.result, err = g.buildNode(ctx, n, log)
 				outcomes <- outcome{n, err}
 			}()
 		}

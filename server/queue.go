@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -52,14 +53,15 @@ type queue struct {
 	mu       sync.Mutex // guards all below
 	free     Room
 	accounts map[store.AccountID]*queueAccount // those that wait or run
-	turn     uint64                            // counts starts
+	turn     uint64                            // counts starts and accounts that came
 }
 
 // A queueAccount is one account's part of a queue; guarded by queue.mu.
 type queueAccount struct {
 	waiting []*ticket
 	running int
-	served  uint64 // the queue's turn when a build of it last started
+	came    uint64 // the queue's turn when it came
+	served  uint64 // the queue's turn when a build of it last started; 0 before
 }
 
 // A ticket is one build that waits.
@@ -118,7 +120,8 @@ func (q *queue) acquire(ctx context.Context, a store.AccountID, need Room, waits
 	q.mu.Lock()
 	acct := q.accounts[a]
 	if acct == nil {
-		acct = &queueAccount{served: q.turn}
+		q.turn++
+		acct = &queueAccount{came: q.turn}
 		q.accounts[a] = acct
 	}
 	acct.waiting = append(acct.waiting, t)
@@ -201,13 +204,7 @@ func (q *queue) orderLocked() []*queueAccount {
 		}
 	}
 	slices.SortFunc(order, func(a, b *queueAccount) int {
-		if a.running != b.running {
-			return a.running - b.running
-		}
-		if a.served != b.served {
-			return int(min(max(int64(a.served-b.served), -1), 1))
-		}
-		return 0
+		return cmp.Or(cmp.Compare(a.running, b.running), cmp.Compare(a.served, b.served), cmp.Compare(a.came, b.came))
 	})
 	return order
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -148,8 +149,14 @@ func (b *Builds) unqueued(ctx context.Context, j *job, err error) *ending {
 	return b.cancelled(ctx, j)
 }
 
-// runGuest runs the builder, registers its outputs and says how that ended.
-func (b *Builds) runGuest(f *flight, j *job, in *jobInputs, lease *store.Lease, a *attempt) (*ending, []store.BuildOutput) {
+// runGuest runs the builder, registers its outputs and says how that ended. A
+// defect of ours that panics ends this build alone.
+func (b *Builds) runGuest(f *flight, j *job, in *jobInputs, lease *store.Lease, a *attempt) (end *ending, outputs []store.BuildOutput) {
+	defer func() {
+		if p := recover(); p != nil {
+			end = b.broken(j, "build", fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
+		}
+	}()
 	ctx := f.Context()
 	if err := b.startRecord(ctx, a); err != nil {
 		return b.broken(j, "record the build", err), nil
@@ -159,26 +166,31 @@ func (b *Builds) runGuest(f *flight, j *job, in *jobInputs, lease *store.Lease, 
 		return b.broken(j, "create the log", err), nil
 	}
 	a.log = newRunLog(file, time.Now())
+	defer a.log.Close() // it is closed below; here after a panic
+	if guests := b.cfg.Runner.Status(); guests.Accel == "tcg" {
+		f.Tell(flightEvent{note: fmt.Sprintf("'%s' is built in an emulated machine (TCG), which is slow: %s", j.drvPath, printable(guests.WhyNotKVM))})
+	}
 	f.Tell(flightEvent{attempt: a})
 
-	result, produced, err := b.runOnce(ctx, j, in, a)
+	produced, err := b.newProduced(j, in)
+	if err != nil {
+		return b.broken(j, "prepare outputs", err), nil
+	}
+	defer produced.discard()
+	result, err := b.cfg.Runner.Run(ctx, produced.spec(b, j, in, a), a.log, produced)
 	// Compressing the log takes as long as registering outputs does. Those who
 	// follow it come to its end at once.
 	closed := make(chan error, 1)
 	go func() { closed <- a.log.Close() }()
-	var outputs []store.BuildOutput
 	var paths map[string]nixproto.StorePath
 	if err == nil {
 		outputs, paths, err = b.finish(ctx, j, in, lease, a, produced)
-	}
-	if produced != nil {
-		produced.discard()
 	}
 	if logErr := <-closed; err == nil && logErr != nil {
 		err = fmt.Errorf("write the log: %w", logErr)
 	}
 	if err != nil {
-		end := b.failedRun(ctx, j, a, err)
+		end = b.failedRun(ctx, j, a, err)
 		if result != nil {
 			end.result = *result
 		}
@@ -187,21 +199,11 @@ func (b *Builds) runGuest(f *flight, j *job, in *jobInputs, lease *store.Lease, 
 	return &ending{status: reuse.Built, code: nixproto.Built, paths: paths, result: *result}, outputs
 }
 
-// runOnce runs the builder. The outputs are the caller's to discard, also after
-// an error.
-func (b *Builds) runOnce(ctx context.Context, j *job, in *jobInputs, a *attempt) (*vm.Result, *produced, error) {
-	p, err := b.newProduced(j, in)
-	if err != nil {
-		return nil, nil, err
-	}
-	result, err := b.cfg.Runner.Run(ctx, p.spec(b, j, in, a), a.log, p)
-	return result, p, err
-}
-
 // failedRun is the end of a run that brought no outputs.
 func (b *Builds) failedRun(ctx context.Context, j *job, a *attempt, err error) *ending {
 	var build *vm.BuildError
 	var output *outputError
+	var spec *vm.SpecError
 	switch {
 	case ctx.Err() != nil:
 		return b.cancelled(ctx, j)
@@ -209,6 +211,9 @@ func (b *Builds) failedRun(ctx context.Context, j *job, a *attempt, err error) *
 		return &ending{status: reuse.BuildFailed, code: output.code, message: printable(output.msg)}
 	case errors.As(err, &build):
 		return b.failedBuilder(j, a, build)
+	case errors.As(err, &spec):
+		return &ending{status: reuse.ClientError, code: nixproto.InputRejected,
+			message: fmt.Sprintf("cannot build '%s': %s", j.drvPath, printable(spec.Message))}
 	}
 	return b.broken(j, "run the build", err)
 }
@@ -235,7 +240,7 @@ func (b *Builds) failedBuilder(j *job, a *attempt, err *vm.BuildError) *ending {
 		}
 	case vm.OutputMissing, vm.OutputRefused:
 		end.code = nixproto.OutputRejected
-		end.message = fmt.Sprintf("builder for '%s': %s", j.drvPath, printable(err.Message))
+		end.message = printable(err.Message)
 	default:
 		end.message = builderFailed(j.drvPath, err, a.log.tail.Lines())
 	}

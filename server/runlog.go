@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"io"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -11,7 +12,8 @@ import (
 // who wait read at their own pace. It keeps the last lines for the message of a
 // failure. It is written by one goroutine; the counters may be read by all.
 type runLog struct {
-	file    io.WriteCloser // *store.BuildLog
+	file    io.Writer // *store.BuildLog
+	close   func() error
 	started time.Time
 	size    atomic.Int64
 	last    atomic.Int64 // when something was written, Unix nanoseconds
@@ -19,7 +21,7 @@ type runLog struct {
 }
 
 func newRunLog(file io.WriteCloser, now time.Time) *runLog {
-	l := &runLog{file: file, started: now}
+	l := &runLog{file: file, close: sync.OnceValue(file.Close), started: now}
 	l.last.Store(now.UnixNano())
 	return l
 }
@@ -33,8 +35,9 @@ func (l *runLog) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// Close ends the log; those who read it come to its end.
-func (l *runLog) Close() error { return l.file.Close() }
+// Close ends the log; those who read it come to its end. It may be called
+// again, also while it is under way, and returns the same.
+func (l *runLog) Close() error { return l.close() }
 
 // silentSince returns when something was last written, or the start.
 func (l *runLog) silentSince() time.Time { return time.Unix(0, l.last.Load()) }

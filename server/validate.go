@@ -77,10 +77,15 @@ func checkShape(path nixproto.StorePath, drv *nixproto.Derivation) error {
 		if out.Path == "" {
 			continue
 		}
-		if paths[out.Path] || slices.Contains(drv.InputSrcs, out.Path) {
-			return fmt.Errorf("output '%s' has the path of another output or of an input", name)
+		if paths[out.Path] {
+			return fmt.Errorf("output '%s' has the path of another output", name)
 		}
 		paths[out.Path] = true
+	}
+	for _, in := range drv.InputSrcs {
+		if paths[in] {
+			return fmt.Errorf("its input '%s' is one of its outputs", in)
+		}
 	}
 	return nil
 }
