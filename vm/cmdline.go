@@ -28,7 +28,7 @@ const (
 const tbSizeMiB = 128
 
 // A machine is the hardware that a guest sees, which is all of its command line
-// but how its memory is mapped. Equal machines share a template.
+// but what it is started for. Equal machines share a template.
 type machine struct {
 	accel     string // "kvm" or "tcg"
 	vcpus     int
@@ -61,10 +61,6 @@ func arguments(m machine, how mode) []string {
 	if m.accel == "tcg" {
 		accel = fmt.Sprintf("tcg,thread=multi,tb-size=%d", tbSizeMiB)
 	}
-	share := "on"
-	if how == modeClone {
-		share = "off"
-	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-M", "q35,memory-backend=mem0,vmport=off,smm=off,sata=off,usb=off,graphics=off",
@@ -72,9 +68,9 @@ func arguments(m machine, how mode) []string {
 		"-cpu", cpuModel(m.accel),
 		"-smp", strconv.Itoa(m.vcpus),
 		"-m", fmt.Sprintf("%dM", m.memoryMiB),
-		// Without reserve=off the kernel refuses private mappings larger than
-		// the host's memory.
-		"-object", fmt.Sprintf("memory-backend-file,id=mem0,size=%dM,mem-path=%s,share=%s,reserve=off", m.memoryMiB, inherited(fdRAM), share),
+		// Without reserve=off the kernel may refuse mappings larger than the
+		// host's memory.
+		"-object", fmt.Sprintf("memory-backend-file,id=mem0,size=%dM,mem-path=%s,share=on,reserve=off", m.memoryMiB, inherited(fdRAM)),
 		"-kernel", inherited(fdKernel),
 		"-initrd", inherited(fdInitrd),
 		"-append", kernelParameters(m),

@@ -268,7 +268,7 @@ func TestRun(t *testing.T) {
 		failure(t, err, OutOfMemory)
 	})
 	t.Run("no space", func(t *testing.T) {
-		s := spec("nospace", "head -c 2000000000 /dev/zero > /build/big; echo done with $?; exit 1")
+		s := spec("nospace", "fallocate -l 2000000000 /build/big; echo done with $?; exit 1")
 		s.ScratchMiB, s.MemoryMiB = 64, 512
 		_, _, _, err := run(t, s)
 		failure(t, err, NoSpace)

@@ -1,7 +1,9 @@
 package vm
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"io"
 	"os"
@@ -213,5 +215,49 @@ func TestAnswers(t *testing.T) {
 		if err := a.put("k", want); err != nil {
 			t.Errorf("%q: %v", damage, err)
 		}
+	}
+}
+
+// allocated returns the bytes that a file in memory takes.
+func allocated(t testing.TB, f *os.File) int64 {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Blocks * 512
+}
+
+func TestCopySparse(t *testing.T) {
+	const size = 300 << 20
+	from, err := memfd("from", size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer from.Close()
+	for off, text := range map[int64]string{0: "start", 150<<20 + 7: "middle", size - 5: "end.."} {
+		if _, err := from.WriteAt([]byte(text), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	to, err := memfd("to", size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer to.Close()
+	if err := copySparse(to, from, size); err != nil {
+		t.Fatal(err)
+	}
+	a, b := sha256.New(), sha256.New()
+	for h, f := range map[io.Writer]*os.File{a: from, b: to} {
+		if _, err := io.Copy(h, io.NewSectionReader(f, 0, size)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if allocated(t, to) > 16<<20 {
+		t.Errorf("the copy takes %d bytes", allocated(t, to))
+	}
+	if !bytes.Equal(a.Sum(nil), b.Sum(nil)) {
+		t.Error("the copy differs")
 	}
 }

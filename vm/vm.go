@@ -6,18 +6,19 @@
 //     is the guest's init (nbd itself), and touches nothing else. What must be
 //     found out by booting (does KVM work, is there a template of this size) is
 //     found out on the first Run, once, and remembered in the state directory.
-//  2. Run makes a directory for the guest, gives it a user id of its own, and
-//     serves the inputs as one read-only disk and a sink for the outputs on
-//     sockets in that directory. No bytes of the inputs are copied.
+//  2. Run gives the guest a user id of its own, and serves the inputs as one
+//     read-only disk, and a sink for the outputs, on sockets that QEMU inherits.
+//     No bytes of the inputs are copied.
 //  3. The guest starts as a clone of a template: a guest of the same shape that
-//     booted once and was saved just after its agent said hello. The template's
-//     memory is a sealed memfd that all its clones map privately. When that
-//     fails the template is dropped and the guest boots from cold.
+//     booted once and was saved just after its agent said hello. It gets a copy
+//     of the template's memory and state. When that fails the template is dropped
+//     and the guest boots from cold.
 //  4. Clones wake as twins. The host sends entropy, the time and the number of
 //     CPUs to bring up; the agent refuses work before.
 //  5. The host sends the build order. The log arrives on a port of its own, the
 //     outputs in the sink, and what became of the build on the control port.
-//  6. QEMU is killed, never asked. Its directory, cgroup and user id go back.
+//  6. QEMU is killed, never asked. Its files have no names; its cgroup is removed
+//     and its user id goes back.
 //
 // # Whose failure it was
 //
