@@ -33,6 +33,7 @@ import (
 //	background NAME CMD... the same, without waiting; ended by `interrupt`
 //	interrupt              SIGTERM to what `background` started, and wait
 //	awaitlog TEXT          wait until the server has logged TEXT
+//	awaitclient TEXT       wait until what `background` started has printed TEXT
 //	nothing-left           fail unless guests, their files and cgroups are gone
 //
 // Guests need a kernel: NBD_TEST_KERNEL names a package or folder that `nbd
@@ -68,7 +69,7 @@ func TestScripts(t *testing.T) {
 			"serve": command((*script).serve), "stop": command((*script).stop), "kill9": command((*script).kill9),
 			"account": command((*script).account), "as": command((*script).as),
 			"background": command((*script).background), "interrupt": command((*script).interrupt),
-			"awaitlog": command((*script).awaitLog), "nothing-left": command((*script).nothingLeft),
+			"awaitlog": command((*script).awaitLog), "awaitclient": command((*script).awaitClient), "nothing-left": command((*script).nothingLeft),
 		},
 	})
 }
@@ -385,6 +386,10 @@ func (s *script) interrupt(ts *testscript.TestScript, _ []string) error {
 
 func (s *script) awaitLog(_ *testscript.TestScript, args []string) error {
 	return s.server.await(args[0])
+}
+
+func (s *script) awaitClient(_ *testscript.TestScript, args []string) error {
+	return s.client.await(args[0])
 }
 
 // nothingLeft looks for what a build could leave: its guest's process, the
