@@ -35,8 +35,8 @@ type worker struct {
 func serveWorker(ss *session) int {
 	r := nixproto.NewReader(ss.ch)
 	w := &worker{session: ss, in: requests{r: r}, r: r, out: newOutbox(ss.ch), ids: newActivityIDs()}
-	if !w.handshake() {
-		return exitError
+	if err := w.handshake(); err != nil {
+		return endStatus(err)
 	}
 	for {
 		if err := w.in.await(); err != nil {
@@ -57,8 +57,18 @@ func serveWorker(ss *session) int {
 	}
 }
 
-// handshake agrees on a version; it reports false if the session is over.
-func (w *worker) handshake() bool {
+// endStatus is the exit status of a session that ended before its first
+// request: a client that said nothing at all did nothing wrong.
+func endStatus(err error) int {
+	if err == io.EOF {
+		return 0
+	}
+	return exitError
+}
+
+// handshake agrees on a version. After an error, which the client was told, the
+// session is over; it is io.EOF if the client has left.
+func (w *worker) handshake() error {
 	trust := nixproto.NotTrusted
 	if w.Client.Can(StoreWrite) {
 		trust = nixproto.Trusted
@@ -70,7 +80,6 @@ func (w *worker) handshake() bool {
 	switch {
 	case err == nil:
 		w.out.last(nil)
-		return true
 	case errors.As(err, &tooOld):
 		w.Log.Info("client refused", "err", err)
 		w.out.fail(tooOld.Error())
@@ -80,7 +89,7 @@ func (w *worker) handshake() bool {
 		w.Log.Info("no handshake", "err", err)
 		w.complain(err.Error())
 	}
-	return false
+	return err
 }
 
 // operation serves one operation. It reports false if the connection is out of
@@ -105,7 +114,7 @@ func (w *worker) operation() bool {
 		return true
 	}
 	if stream != nil && errors.Is(err, io.ErrUnexpectedEOF) && w.r.Err() == nil {
-		err = refusef("the upload ended before it was complete")
+		err = incomplete(err)
 	}
 	// Told before the rest of the stream is read: it may be long, and clients
 	// look for an error while they send.
@@ -114,6 +123,16 @@ func (w *worker) operation() bool {
 		return w.ctx.Err() == nil
 	}
 	return stream.Drain() == nil
+}
+
+// incomplete makes the end of a stream in a connection that goes on a mistake
+// of the client.
+func incomplete(err error) error {
+	var short *shortUpload
+	if errors.As(err, &short) {
+		return refusef("%v", short)
+	}
+	return refusef("the upload ended before it was complete")
 }
 
 // fail tells the client and the log why an operation failed.

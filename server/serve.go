@@ -42,7 +42,7 @@ func serveServe(ss *session, write bool) int {
 			ss.Log.Info("no handshake", "err", err)
 			ss.complain(err.Error())
 		}
-		return exitError
+		return endStatus(err)
 	}
 	for {
 		if err := c.in.await(); err != nil {

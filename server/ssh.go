@@ -18,6 +18,14 @@ import (
 // than the usual six.
 const maxAuthTries = 20
 
+// keyAlgorithms are the signatures by which clients may prove who they are: all
+// that OpenSSH makes but those with SHA-1.
+var keyAlgorithms = []string{
+	gossh.KeyAlgoED25519, gossh.KeyAlgoSKED25519, gossh.KeyAlgoSKECDSA256,
+	gossh.KeyAlgoECDSA256, gossh.KeyAlgoECDSA384, gossh.KeyAlgoECDSA521,
+	gossh.KeyAlgoRSASHA256, gossh.KeyAlgoRSASHA512,
+}
+
 // defaultCiphers returns the ciphers that suit this processor. A client picks
 // by its own order, and stock OpenSSH puts ChaCha20 first, which costs three
 // to four times as much here; with AES in hardware it is not offered.
@@ -57,6 +65,7 @@ func (s *Server) sshServer() *ssh.Server {
 			return &gossh.ServerConfig{
 				Config:                    gossh.Config{Ciphers: s.cfg.Ciphers},
 				MaxAuthTries:              maxAuthTries,
+				PublicKeyAuthAlgorithms:   keyAlgorithms,
 				VerifiedPublicKeyCallback: s.auth.verified,
 				AuthLogCallback: func(_ gossh.ConnMetadata, _ string, err error) {
 					if err == nil {

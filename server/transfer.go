@@ -139,8 +139,22 @@ func (ss *session) addTo(up *store.Upload, info *nixproto.PathInfo, r io.Reader)
 	}
 	info.Ultimate = false // it was not built here
 	ss.Keep(info.Path)
-	return up.Add(info, r)
+	err := up.Add(info, r)
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		return &shortUpload{info.Path}
+	}
+	return err
 }
+
+// A shortUpload is a stream that ended inside a path: the client gave up, said
+// a wrong size, or is gone.
+type shortUpload struct{ path nixproto.StorePath }
+
+func (e *shortUpload) Error() string {
+	return fmt.Sprintf("the upload of '%s' ended before it was complete", e.path)
+}
+
+func (e *shortUpload) Unwrap() error { return io.ErrUnexpectedEOF }
 
 // addMultipleToStore takes the paths of one burst. If the connection breaks, the
 // paths that arrived whole are kept: the client will not have to bring them
