@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -29,6 +30,10 @@ const cgroupMount = "/sys/fs/cgroup"
 type cgroupFactory interface {
 	// create makes an empty cgroup whose processes may use that much memory.
 	create(name string, memoryMiB int) (cgroup, error)
+	// load returns a cgroup that exists.
+	load(name string) (cgroup, error)
+	// dir is the folder in which the cgroups lie.
+	dir() (string, error)
 	// close removes what the factory itself made.
 	close() error
 }
@@ -50,7 +55,7 @@ func newCgroups() (cgroupFactory, error) {
 	var err error
 	switch cgroups.Mode() {
 	case cgroups.Unified:
-		f, err = newCgroups2(cgroupMount)
+		f, err = newCgroups2()
 	case cgroups.Legacy, cgroups.Hybrid:
 		f = cgroups1{}
 	default:
@@ -60,27 +65,60 @@ func newCgroups() (cgroupFactory, error) {
 		return nil, err
 	}
 	// Whether it is permitted shows only when it is done.
-	g, err := f.create(fmt.Sprintf("nbd-probe-%d", os.Getpid()), 64)
+	g, err := f.create(cgroupName(os.Getpid(), guestCount.Add(1)), 64)
 	if err != nil {
 		return nil, errors.Join(err, f.close())
 	}
-	if err := g.destroy(); err != nil {
+	if err := errors.Join(g.destroy(), sweepCgroups(f)); err != nil {
 		return nil, errors.Join(err, f.close())
 	}
 	return f, nil
 }
 
+// cgroupName names the n-th cgroup of a server by its process id.
+func cgroupName(pid int, n int64) string { return fmt.Sprintf("nbd-%d-%d", pid, n) }
+
+// sweepCgroups removes the cgroups of servers that were killed.
+func sweepCgroups(f cgroupFactory) error {
+	dir, err := f.dir()
+	if err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("look for old cgroups: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		var pid int
+		var n int64
+		if _, err := fmt.Sscanf(e.Name(), "nbd-%d-%d", &pid, &n); err != nil || e.Name() != cgroupName(pid, n) {
+			continue
+		}
+		if err := syscall.Kill(pid, 0); !errors.Is(err, syscall.ESRCH) {
+			continue
+		}
+		if g, err := f.load(e.Name()); err != nil {
+			errs = append(errs, err)
+		} else {
+			errs = append(errs, g.destroy())
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // cgroups1 makes groups in the memory hierarchy of cgroups v1.
 type cgroups1 struct{}
 
+func memoryHierarchy() ([]cgroup1.Subsystem, error) {
+	return []cgroup1.Subsystem{cgroup1.NewMemory(cgroupMount)}, nil
+}
+
 func (cgroups1) create(name string, memoryMiB int) (cgroup, error) {
 	limit := int64(memoryMiB) << 20
-	memory := func() ([]cgroup1.Subsystem, error) {
-		return []cgroup1.Subsystem{cgroup1.NewMemory(cgroupMount)}, nil
-	}
 	g, err := cgroup1.New(cgroup1.NestedPath(name),
 		&specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &limit}},
-		cgroup1.WithHierarchy(memory))
+		cgroup1.WithHierarchy(memoryHierarchy))
 	if err != nil {
 		return nil, fmt.Errorf("create cgroup: %w", err)
 	}
@@ -88,6 +126,22 @@ func (cgroups1) create(name string, memoryMiB int) (cgroup, error) {
 		return nil, errors.New("create cgroup: no memory controller")
 	}
 	return &group1{g}, nil
+}
+
+func (cgroups1) load(name string) (cgroup, error) {
+	g, err := cgroup1.Load(cgroup1.NestedPath(name), cgroup1.WithHierarchy(memoryHierarchy))
+	if err != nil {
+		return nil, fmt.Errorf("load cgroup %s: %w", name, err)
+	}
+	return &group1{g}, nil
+}
+
+func (cgroups1) dir() (string, error) {
+	own, err := cgroup1.NestedPath("")(cgroup1.Memory)
+	if err != nil {
+		return "", fmt.Errorf("find own cgroup: %w", err)
+	}
+	return filepath.Join(cgroupMount, string(cgroup1.Memory), own), nil
 }
 
 func (cgroups1) close() error { return nil }
@@ -122,31 +176,29 @@ type cgroups2 struct {
 	made          bool // parent was made by us
 }
 
-func newCgroups2(mount string) (*cgroups2, error) {
-	_, own, err := cgroup1Paths()
-	if err != nil {
-		return nil, err
+func newCgroups2() (*cgroups2, error) {
+	parent, err := delegated()
+	if err == nil {
+		return &cgroups2{mount: cgroupMount, parent: parent}, nil
 	}
-	if alone(filepath.Join(mount, own)) {
-		if err := moveAside(mount, own); err == nil {
-			return &cgroups2{mount: mount, parent: own}, nil
-		}
+	if os.Geteuid() == 0 {
+		return &cgroups2{mount: cgroupMount, parent: "/nbd", made: true}, nil
 	}
-	if os.Geteuid() != 0 {
-		return nil, errors.New("the server's cgroup " + own + " is not its own: run it in a systemd unit with Delegate=yes")
-	}
-	return &cgroups2{mount: mount, parent: "/nbd", made: true}, nil
+	return nil, err
 }
 
-// cgroup1Paths returns the server's own groups: those of v1 by controller, and
-// that of v2.
-func cgroup1Paths() (map[string]string, string, error) {
-	legacy, unified, err := cgroups.ParseCgroupFileUnified("/proc/self/cgroup")
+// delegated returns the cgroup in which this process was started, if it is ours
+// alone. The process has moved into a child of it then, which it does once.
+var delegated = sync.OnceValues(func() (string, error) {
+	_, own, err := cgroups.ParseCgroupFileUnified("/proc/self/cgroup")
 	if err != nil {
-		return nil, "", fmt.Errorf("read own cgroup: %w", err)
+		return "", fmt.Errorf("find own cgroup: %w", err)
 	}
-	return legacy, unified, nil
-}
+	if !alone(filepath.Join(cgroupMount, own)) {
+		return "", errors.New("the server shares its cgroup " + own + ": run it in a systemd unit with Delegate=yes")
+	}
+	return own, moveAside(cgroupMount, own)
+})
 
 // alone reports whether this process is the only one in the group at path.
 func alone(path string) bool {
@@ -176,6 +228,16 @@ func (c *cgroups2) create(name string, memoryMiB int) (cgroup, error) {
 	}
 	return &group2{m}, nil
 }
+
+func (c *cgroups2) load(name string) (cgroup, error) {
+	m, err := cgroup2.Load(filepath.Join(c.parent, name), cgroup2.WithMountpoint(c.mount))
+	if err != nil {
+		return nil, fmt.Errorf("load cgroup %s: %w", name, err)
+	}
+	return &group2{m}, nil
+}
+
+func (c *cgroups2) dir() (string, error) { return filepath.Join(c.mount, c.parent), nil }
 
 func (c *cgroups2) close() error {
 	if !c.made {

@@ -2,6 +2,7 @@ package vm
 
 import (
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -26,7 +27,7 @@ func TestCgroup(t *testing.T) {
 		}
 	}()
 	t.Run("limit", func(t *testing.T) {
-		g, err := f.create("nbd-test-limit-"+itoa(os.Getpid()), 32)
+		g, err := f.create(cgroupName(os.Getpid(), 1<<40), 32)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -44,7 +45,7 @@ func TestCgroup(t *testing.T) {
 		}
 	})
 	t.Run("destroy kills", func(t *testing.T) {
-		g, err := f.create("nbd-test-kill-"+itoa(os.Getpid()), 64)
+		g, err := f.create(cgroupName(os.Getpid(), 1<<40+1), 64)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -61,6 +62,32 @@ func TestCgroup(t *testing.T) {
 		<-p.done
 		if !strings.Contains(p.exit(), "killed") {
 			t.Errorf("ended by %s", p.exit())
+		}
+	})
+	t.Run("sweep", func(t *testing.T) {
+		// Process ids end at four million.
+		dead, alive := cgroupName(1<<30, 7), cgroupName(os.Getpid(), 1<<40+2)
+		for _, name := range []string{dead, alive} {
+			if _, err := f.create(name, 64); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := sweepCgroups(f); err != nil {
+			t.Error(err)
+		}
+		dir, err := f.dir()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if isDir(filepath.Join(dir, dead)) || !isDir(filepath.Join(dir, alive)) {
+			t.Error("the wrong groups are left")
+		}
+		g, err := f.load(alive)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := g.destroy(); err != nil {
+			t.Error(err)
 		}
 	})
 }

@@ -137,7 +137,7 @@ func (g *guestVM) enterGroup(f cgroupFactory, limitMiB int) error {
 	if f == nil {
 		return nil
 	}
-	group, err := f.create(fmt.Sprintf("nbd-%d-%d", os.Getpid(), guestCount.Add(1)), limitMiB)
+	group, err := f.create(cgroupName(os.Getpid(), guestCount.Add(1)), limitMiB)
 	if err != nil {
 		return err
 	}
