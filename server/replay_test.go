@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -48,6 +49,8 @@ type recording struct {
 	realised   []nixproto.Realisation             // known when the session began
 	registered map[nixproto.StorePath]bool
 	uploads    map[nixproto.StorePath]testPath // of all recordings
+
+	mu sync.Mutex // guards infos, nars and registered while the recording is replayed
 }
 
 func (x *exchange) name() string {
@@ -317,6 +320,8 @@ func outputsIn(resp nixproto.Response) []nixproto.StorePath {
 // restore makes paths valid, what they refer to first. Where the recording does
 // not have the content, another one stands in for it.
 func (rec *recording) restore(ts *testServer, paths []nixproto.StorePath) {
+	rec.mu.Lock()
+	defer rec.mu.Unlock()
 	var todo []testPath
 	var visit func(p nixproto.StorePath)
 	visit = func(p nixproto.StorePath) {
@@ -566,6 +571,8 @@ func pathOf(x *exchange) nixproto.StorePath {
 
 // stoodIn reports whether a path has other content than it had.
 func (rec *recording) stoodIn(p nixproto.StorePath) bool {
+	rec.mu.Lock()
+	defer rec.mu.Unlock()
 	info := rec.infos[p]
 	return rec.registered[p] && (info == nil || nixproto.SumSHA256(rec.nars[p]) != info.NarHash)
 }
