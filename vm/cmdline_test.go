@@ -99,10 +99,10 @@ func TestMachineFor(t *testing.T) {
 	}{
 		{cores: 1, memory: 512, want: machine{"tcg", 1, 2560, 2000000}},
 		{cores: 2, memory: 2048, want: machine{"tcg", 2, 2560, 2000000}},
-		{cores: 3, memory: 4096, want: machine{"tcg", 4, 10240, 2000000}},
-		{cores: 128, memory: 100000, want: machine{"tcg", 128, 163840, 2000000}},
+		{cores: 3, memory: 4096, want: machine{"tcg", 4, 4608, 2000000}},
+		{cores: 128, memory: 100000, want: machine{"tcg", 128, 131584, 2000000}},
 		{cores: 129, memory: 512, err: "at most 128 processors"},
-		{cores: 1, memory: 1 << 20, err: "at most 163840 MiB"},
+		{cores: 1, memory: 1 << 20, err: "at most 131584 MiB"},
 	} {
 		got, err := p.machineFor(tt.cores, tt.memory)
 		switch {

@@ -2,6 +2,7 @@ package vm
 
 import (
 	"bytes"
+	"regexp"
 	"strings"
 	"sync"
 	"unicode"
@@ -59,8 +60,12 @@ func (c *console) summary() string {
 	return "; console: " + strings.Join(lines, " | ")
 }
 
+// escapes are the sequences by which a terminal is told to do something.
+var escapes = regexp.MustCompile(`\x1b(\[[0-9;?]*[A-Za-z]?|[^\[])`)
+
 // printable returns line without what a terminal would obey.
 func printable(line []byte) string {
+	line = escapes.ReplaceAll(line, nil)
 	s := strings.Map(func(r rune) rune {
 		if r == utf8.RuneError || !unicode.IsPrint(r) {
 			return -1

@@ -14,10 +14,11 @@ const (
 )
 
 // The sizes of guests. A template is made for each size that is used, so there
-// are few. Memory that a build does not use costs 25 MiB a GiB, once a
-// template; what bounds a build is its cgroup in the guest and QEMU's on the host.
+// are few. Memory that a build does not use costs each guest 16 MiB a GiB for
+// the kernel's page table; what bounds a build is its cgroup in the guest and
+// QEMU's on the host.
 var (
-	memoryClasses = []int{2560, 10 << 10, 40 << 10, 160 << 10} // MiB
+	memoryClasses = []int{2560, 4608, 8704, 16896, 33280, 66048, 131584} // MiB; powers of two and a half GiB
 	vcpuClasses   = []int{1, 2, 4, 8, 16, 32, 64, 128}
 )
 

@@ -145,6 +145,26 @@ func TestIDsMapped(t *testing.T) {
 	}
 }
 
+func TestDeviceGroup(t *testing.T) {
+	for _, tt := range []struct {
+		id    int
+		mode  os.FileMode
+		group int
+		want  int // 0: none
+	}{
+		{64000, 0o666, 0, 64000},
+		{64000, 0o660, 104, 104},
+		{64000, 0o660, 0, 0},
+		{64000, 0o600, 104, 0},
+		{-1, 0o600, 0, -1},
+	} {
+		got, err := deviceGroup(tt.id, tt.mode, tt.group)
+		if got != tt.want || (err == nil) != (tt.want != 0) {
+			t.Errorf("%+v: %d, %v", tt, got, err)
+		}
+	}
+}
+
 // The server's end is its guests' end: a child of a killed process dies. The
 // test runs itself as that process.
 func TestProcessDiesWithServer(t *testing.T) {
@@ -202,7 +222,7 @@ func TestConsole(t *testing.T) {
 		t.Errorf("empty console: %q", got)
 	}
 	c.Write([]byte("first\n\x1b[31mred\x1b[0m\r\n\n\xff\xfelast"))
-	if got, want := c.summary(), "; console: first | [31mred[0m | last"; got != want {
+	if got, want := c.summary(), "; console: first | red | last"; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 	c.Write(make([]byte, 10*consoleTail))

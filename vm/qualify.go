@@ -242,6 +242,9 @@ func (r *Runner) tryKVM(ctx context.Context, p *platform, fresh bool) (reason st
 		return err.Error(), nil
 	}
 	f.Close()
+	if _, err := kvmGroup(r.ids.first); err != nil {
+		return err.Error(), nil
+	}
 	key, err := p.pairKey("kvm")
 	if err != nil {
 		return "", err

@@ -451,3 +451,41 @@ func TestRunInputBreaks(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// Whether this machine's KVM works is found out by booting, in bounded time,
+// and remembered: a second Runner knows without a guest.
+func TestQualify(t *testing.T) {
+	state := t.TempDir()
+	change := func(c *Config) { c.StateDir, c.Accel = state, "auto" }
+	shared, err := testState()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(filepath.Join(state, kernelsDir), os.DirFS(filepath.Join(shared, kernelsDir))); err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	first := newTestRunner(t, nil, change)
+	s, err := first.Qualify(t.Context(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Accel == "kvm" && s.WhyNotKVM != "" || s.Accel == "tcg" && s.WhyNotKVM == "" {
+		t.Errorf("%+v", s)
+	}
+	t.Logf("accelerator %s; why not KVM: %s", s.Accel, s.WhyNotKVM)
+	second := newTestRunner(t, nil, change)
+	second.qemu.Path = inPath(t, "false") // nothing can be booted
+	again, err := second.Qualify(t.Context(), false)
+	if err != nil || again.Accel != s.Accel {
+		t.Errorf("not remembered: %+v, %v", again, err)
+	}
+	if s.Accel == "tcg" {
+		third := newTestRunner(t, nil, func(c *Config) { change(c); c.Accel = "kvm" })
+		if _, err := third.Qualify(t.Context(), false); err == nil || !strings.Contains(err.Error(), "KVM is required") {
+			t.Errorf("KVM by configuration: %v", err)
+		}
+	}
+	if _, err := second.Qualify(t.Context(), true); err == nil {
+		t.Error("a QEMU that does nothing qualifies")
+	}
+}

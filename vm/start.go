@@ -84,6 +84,12 @@ func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, r
 		return nil, err
 	}
 	g.cleanup = append(g.cleanup, func() error { release(); return nil })
+	gid := id
+	if m.accel == "kvm" {
+		if gid, err = kvmGroup(id); err != nil {
+			return nil, err
+		}
+	}
 	r.alive.Add(1)
 	g.cleanup = append(g.cleanup, func() error { r.alive.Add(-1); return nil })
 	if err := g.enterGroup(p.cgroups, limitMiB); err != nil {
@@ -101,10 +107,6 @@ func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, r
 	}
 	defer closeAll(theirs)
 	g.serve(ends, disks, r.cfg.Logger)
-	gid := id
-	if m.accel == "kvm" && id >= 0 {
-		gid = kvmGroup(id)
-	}
 	g.proc, err = startProcess(command{
 		path: p.qemu.Path, args: arguments(m, how), files: append(files, theirs...),
 		uid: id, gid: gid, group: g.group, output: g.console,

@@ -85,12 +85,23 @@ func idsMapped(table string, first, n int) bool {
 	return false
 }
 
-// kvmGroup returns the group under which a process with the given id can open
-// /dev/kvm: the device's own unless the device is open to all.
-func kvmGroup(id int) int {
+// kvmGroup returns the group under which a process with the given id, which has
+// no other group, can open /dev/kvm, or why there is none. It is never root's.
+func kvmGroup(id int) (int, error) {
 	info, err := os.Stat(kvmDevice)
-	if err != nil || info.Mode().Perm()&0o006 == 0o006 {
-		return id
+	if err != nil {
+		return 0, err
 	}
-	return int(info.Sys().(*syscall.Stat_t).Gid)
+	return deviceGroup(id, info.Mode().Perm(), int(info.Sys().(*syscall.Stat_t).Gid))
+}
+
+// deviceGroup is kvmGroup for a device with that mode and group.
+func deviceGroup(id int, mode os.FileMode, group int) (int, error) {
+	switch {
+	case id < 0 || mode&0o006 == 0o006:
+		return id, nil
+	case mode&0o060 == 0o060 && group != 0:
+		return group, nil
+	}
+	return 0, fmt.Errorf("the user ids of guests may not open %s: give it a group of its own (chgrp kvm %s; chmod 660 %s)", kvmDevice, kvmDevice, kvmDevice)
 }
