@@ -26,8 +26,18 @@ func TestMain(m *testing.M) {
 	if os.Getpid() == 1 {
 		guest.Main()
 	}
-	os.Exit(m.Run())
+	status := m.Run()
+	if testStateDir != "" {
+		if err := os.RemoveAll(testStateDir); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			status = 1
+		}
+	}
+	os.Exit(status)
 }
+
+// testStateDir is what testState made.
+var testStateDir string
 
 // testState returns a state directory with a kernel for guests, which all tests
 // share: what NBD_TEST_KERNEL names (a package, or a folder), or one that is
@@ -37,6 +47,7 @@ var testState = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
+	testStateDir = dir
 	if from := os.Getenv("NBD_TEST_KERNEL"); from != "" {
 		if _, err := ImportKernel(dir, from); err != nil {
 			return "", err

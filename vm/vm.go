@@ -40,6 +40,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Generation counts the changes to the sandbox that can make the same builder
@@ -175,6 +177,9 @@ func New(cfg Config) (*Runner, error) {
 	if err := sweep(cfg.RuntimeDir); err != nil {
 		return nil, err
 	}
+	if inMemory(cfg.RuntimeDir) {
+		r.weak = append(r.weak, "scratch disks take memory from their builds: "+cfg.RuntimeDir+" is a tmpfs")
+	}
 	if r.ids, err = newIDs(cfg.FirstUID, cfg.UIDs); err != nil {
 		r.weak = append(r.weak, "guests run under the server's own user id: "+err.Error())
 	}
@@ -182,6 +187,12 @@ func New(cfg Config) (*Runner, error) {
 		r.weak = append(r.weak, "guests run without a cgroup that bounds their memory: "+err.Error())
 	}
 	return r, nil
+}
+
+// inMemory reports whether files in dir lie in memory.
+func inMemory(dir string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(dir, &st) == nil && st.Type == unix.TMPFS_MAGIC
 }
 
 // complete fills in what is not set and refuses what cannot be.
