@@ -53,6 +53,7 @@ func (b *Builds) endRecord(a *attempt, end *ending, outputs []store.BuildOutput)
 	r := a.record
 	r.Status = string(end.status)
 	r.Error, _, _ = strings.Cut(end.message, "\n")
+	r.Error = strings.TrimRight(r.Error, ";:")
 	r.Stopped = time.Now()
 	r.CPUUser, r.CPUSystem = end.result.CPUUser, end.result.CPUSystem
 	r.PeakMemory, r.PeakStorage = end.result.PeakMemory, end.result.PeakScratch

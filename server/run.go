@@ -167,8 +167,8 @@ func (b *Builds) runGuest(f *flight, j *job, in *jobInputs, lease *store.Lease, 
 	}
 	a.log = newRunLog(file, time.Now())
 	defer a.log.Close() // it is closed below; here after a panic
-	if guests := b.cfg.Runner.Status(); guests.Accel == "tcg" {
-		f.Tell(flightEvent{note: fmt.Sprintf("'%s' is built in an emulated machine (TCG), which is slow: %s", j.drvPath, printable(guests.WhyNotKVM))})
+	if b.cfg.Runner.Status().Accel == "tcg" {
+		f.Tell(flightEvent{note: fmt.Sprintf("'%s' is built in an emulated machine (TCG), because this server has no KVM: it takes many times as long", j.drvPath)})
 	}
 	f.Tell(flightEvent{attempt: a})
 
