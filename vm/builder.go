@@ -30,9 +30,10 @@ func specErrorf(format string, args ...any) error {
 // buildDir is where the builder starts and may write.
 const buildDir = "/build"
 
-// maxProcesses bounds the processes and threads of one build. It is there for
-// fork bombs; the largest honest builds use some thousands.
-const maxProcesses = 16384
+// maxProcesses bounds the processes and threads of one build, which is ended
+// when it meets the bound. It is there for fork bombs: the largest honest builds
+// use some hundreds for each of their cores. A guest's kernel has 32768 ids.
+func maxProcesses(cores int) int { return min(2048+2048*cores, 28<<10) }
 
 // maxOrder bounds the bytes of arguments, environment and files together: in
 // base64 they fit into one frame.
@@ -78,7 +79,7 @@ func orderBuild(spec *Spec, lookup derivationLookup) (*link.BuildOrder, error) {
 		Builder:      drv.Builder,
 		KVM:          opts.kvm,
 		MemoryMiB:    spec.MemoryMiB,
-		MaxProcesses: maxProcesses,
+		MaxProcesses: maxProcesses(spec.Cores),
 	}
 	for _, in := range spec.Inputs {
 		order.Inputs = append(order.Inputs, in.Path.Base())

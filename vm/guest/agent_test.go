@@ -175,6 +175,26 @@ func TestUsage(t *testing.T) {
 	}
 }
 
+// TestProcessLimit watches files that do not tell of changes, like those of a
+// cgroup that has met its limit already, and of one that never does.
+func TestProcessLimit(t *testing.T) {
+	for text, want := range map[string]int{"max 0\n": 0, "max 2\n": 1} {
+		c := &cgroup{t.TempDir()}
+		must(t, os.WriteFile(filepath.Join(c.dir, "pids.events"), []byte(text), 0o644))
+		calls := make(chan struct{}, 10)
+		stop, err := c.onProcessLimit(func() { calls <- struct{}{} })
+		must(t, err)
+		if want == 1 {
+			<-calls
+			calls <- struct{}{}
+		}
+		must(t, stop())
+		if len(calls) != want {
+			t.Errorf("%q: %d calls", text, len(calls))
+		}
+	}
+}
+
 func TestMemoryLimit(t *testing.T) {
 	all, err := memoryLimit(0)
 	must(t, err)

@@ -82,9 +82,17 @@ func (b *build) inGuest(r *link.Result) error {
 	if err != nil {
 		return err
 	}
+	// A build that met its limit of processes has failed, whatever it makes of
+	// that: a fork bomb would go on for ever.
+	ctx, cancel := context.WithCancel(b.ctx)
+	defer cancel()
+	unwatch, err := group.onProcessLimit(cancel)
+	if err != nil {
+		return err
+	}
 	started := func() error { return b.conn.Send(&link.Started{}) }
-	runErr := runSandbox(b.ctx, st, b.order, group, b.log, started, r)
-	if err := errors.Join(runErr, b.account(r, group, disks)); err != nil {
+	runErr := runSandbox(ctx, st, b.order, group, b.log, started, r)
+	if err := errors.Join(runErr, unwatch(), b.account(r, group, disks)); err != nil {
 		return err
 	}
 	if err := b.ctx.Err(); err != nil {

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -47,31 +48,101 @@ func newCgroup(root string, memory int64, processes int) (*cgroup, error) {
 // open returns the group's directory, for clone3.
 func (c *cgroup) open() (*os.File, error) { return os.Open(c.dir) }
 
+// killDeadline is how long killed processes may take to end.
+const killDeadline = time.Minute
+
 // kill ends all processes of the group and waits until they are gone.
 func (c *cgroup) kill() error {
 	if err := os.WriteFile(filepath.Join(c.dir, "cgroup.kill"), []byte("1"), 0); err != nil {
 		return fmt.Errorf("kill cgroup: %w", err)
 	}
-	events, err := unix.Open(filepath.Join(c.dir, "cgroup.events"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	events, err := c.events("cgroup.events")
 	if err != nil {
 		return fmt.Errorf("kill cgroup: %w", err)
 	}
-	defer unix.Close(events)
-	for start := time.Now(); time.Since(start) < time.Minute; {
-		counts, err := c.counts("cgroup.events")
+	defer events.Close() // only read from
+	for start := time.Now(); time.Since(start) < killDeadline; {
+		counts, err := readCounts(events)
 		if err != nil {
 			return fmt.Errorf("kill cgroup: %w", err)
 		}
 		if counts["populated"] == 0 {
 			return nil
 		}
-		// The file says POLLPRI when it changes.
-		pfd := []unix.PollFd{{Fd: int32(events), Events: unix.POLLPRI}}
-		if _, err := unix.Poll(pfd, 1000); err != nil && !errors.Is(err, unix.EINTR) {
+		if err := awaitEvent(events, nil, time.Second); err != nil {
 			return fmt.Errorf("kill cgroup: %w", err)
 		}
 	}
 	return errors.New("kill cgroup: processes do not end")
+}
+
+// onProcessLimit calls limit once when a fork was refused because of the
+// group's limit. It watches until stop is called, which waits for its end.
+func (c *cgroup) onProcessLimit(limit func()) (stop func() error, err error) {
+	events, err := c.events("pids.events")
+	if err != nil {
+		return nil, err
+	}
+	stopped, stopper, err := os.Pipe()
+	if err != nil {
+		return nil, errors.Join(err, events.Close())
+	}
+	watched := make(chan error, 1)
+	go func() { watched <- watchLimit(events, stopped, limit) }()
+	return func() error {
+		err := stopper.Close()
+		return errors.Join(err, <-watched, stopped.Close(), events.Close())
+	}, nil
+}
+
+// watchLimit returns when the limit was met or stopped is closed at its other
+// end.
+func watchLimit(events, stopped *os.File, limit func()) error {
+	for {
+		counts, err := readCounts(events)
+		if err != nil {
+			return fmt.Errorf("watch process limit: %w", err)
+		}
+		if counts["max"] > 0 {
+			limit()
+			return nil
+		}
+		if err := awaitEvent(events, stopped, -1); errors.Is(err, os.ErrClosed) {
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("watch process limit: %w", err)
+		}
+	}
+}
+
+// events opens a file of the group that tells of its changes.
+func (c *cgroup) events(name string) (*os.File, error) {
+	fd, err := unix.Open(filepath.Join(c.dir, name), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// awaitEvent returns when an events file has changed since it was read through
+// this descriptor, or after a time; negative is for ever. It returns
+// os.ErrClosed if the other end of the pipe stopped is closed.
+func awaitEvent(events, stopped *os.File, d time.Duration) error {
+	fds := []unix.PollFd{{Fd: int32(events.Fd()), Events: unix.POLLPRI}}
+	if stopped != nil {
+		fds = append(fds, unix.PollFd{Fd: int32(stopped.Fd())})
+	}
+	ms := -1
+	if d >= 0 {
+		ms = int(d / time.Millisecond)
+	}
+	if _, err := unix.Poll(fds, ms); err != nil && !errors.Is(err, unix.EINTR) {
+		return err
+	}
+	if stopped != nil && fds[1].Revents != 0 {
+		return os.ErrClosed
+	}
+	return nil
 }
 
 // A usage is what a cgroup has used and met so far.
@@ -112,22 +183,28 @@ func (c *cgroup) usage() (usage, error) {
 }
 
 // counts reads a file of lines "name number".
-func (c *cgroup) counts(file string) (map[string]int64, error) {
-	f, err := os.Open(filepath.Join(c.dir, file))
+func (c *cgroup) counts(name string) (map[string]int64, error) {
+	f, err := os.Open(filepath.Join(c.dir, name))
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
+	defer f.Close() // only read from
+	return readCounts(f)
+}
+
+// readCounts reads such a file from its start.
+func readCounts(f *os.File) (map[string]int64, error) {
 	counts := map[string]int64{}
-	for s := bufio.NewScanner(f); s.Scan(); {
+	s := bufio.NewScanner(io.NewSectionReader(f, 0, 1<<20))
+	for s.Scan() {
 		name, value, _ := strings.Cut(s.Text(), " ")
 		n, err := strconv.ParseInt(value, 10, 64)
 		if err != nil {
-			return nil, fmt.Errorf("read %s: %w", file, err)
+			return nil, fmt.Errorf("read %s: %w", f.Name(), err)
 		}
 		counts[name] = n
 	}
-	return counts, nil
+	return counts, s.Err()
 }
 
 // memoryLimit returns the memory.max of a build that may use mib MiB, 0 for as

@@ -111,8 +111,8 @@ type BuildOrder struct {
 	// MemoryMiB bounds the memory of the build, page cache included; zero
 	// leaves it all that the guest has but for the agent's.
 	MemoryMiB int
-	// MaxProcesses bounds the number of processes and threads of the build; zero
-	// is no bound.
+	// MaxProcesses bounds the number of processes and threads of the build, which
+	// is killed when it wants more; zero is no bound.
 	MaxProcesses int
 }
 
