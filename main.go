@@ -377,7 +377,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	builds := server.BuildsConfig{CPUs: p.number("default-cpu"), MemoryMiB: p.number("default-mem"), Logger: log,
 		Room:   server.Room{Guests: p.number("max-guests"), MemoryMiB: p.number("memory")},
 		Limits: server.Limits{MaxLogSize: int64(p.number("max-log-size"))}}
-	front := server.Config{Version: version(), Logger: log, Ciphers: p.list("ciphers"), MaxUnauthenticated: p.number("max-unauthenticated"),
+	front := server.Config{Version: version(), Logger: log, TempDir: filepath.Join(state, "tmp"), Ciphers: p.list("ciphers"), MaxUnauthenticated: p.number("max-unauthenticated"),
 		HandshakeTimeout: p.duration("handshake-timeout"), KeepAlive: p.duration("keep-alive")}
 	grace := p.duration("drain-timeout")
 	if p.err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -181,8 +182,25 @@ func (w *worker) queryPathInfo(p nixproto.StorePath) (nixproto.Response, error) 
 	}
 	if err != nil {
 		info = nil
+	} else if w.v < nixproto.MaxWorker {
+		info = plainSelfAddress(info)
 	}
 	return &nixproto.OptionalPathInfo{Info: info}, nil
+}
+
+// plainSelfAddress hides the content address of a path that refers to itself
+// from a client that may be an old one. Releases of Nix hash such content in
+// two ways (2.8 adds where the references are, 2.26 does not), and each refuses
+// an address made in the other; without it the path is one like any other.
+// Only clients of the newest protocol version are known to be new; the serve
+// protocol does not tell.
+func plainSelfAddress(info *nixproto.PathInfo) *nixproto.PathInfo {
+	if info.CA == "" || !slices.Contains(info.References, info.Path) {
+		return info
+	}
+	plain := *info
+	plain.CA = ""
+	return &plain
 }
 
 func (w *worker) queryRealisation(q *nixproto.QueryRealisation) (nixproto.Response, error) {

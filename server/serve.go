@@ -144,7 +144,7 @@ func (c *serveConn) pathInfos(paths []nixproto.StorePath) ([]nixproto.PathInfo, 
 		if err != nil {
 			return nil, err
 		}
-		infos = append(infos, *info)
+		infos = append(infos, *plainSelfAddress(info))
 	}
 	return infos, nil
 }
