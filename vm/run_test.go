@@ -3,7 +3,6 @@ package vm
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -195,9 +194,6 @@ func TestRun(t *testing.T) {
 			got := outs.nars[res.Produced[i]].Bytes()
 			if !bytes.Equal(got, want.archive(t)) {
 				t.Errorf("output %s is %q", res.Produced[i], got)
-			}
-			if sum := sha256.Sum256(got); !bytes.Equal(sum[:], res.Sums[i]) {
-				t.Errorf("output %s has another hash than the guest says", res.Produced[i])
 			}
 		}
 		if !res.Restored {

@@ -106,9 +106,6 @@ type Result struct {
 	PeakMemory, PeakScratch int64
 	// Produced are the names of the outputs that were delivered, in order.
 	Produced []string
-	// Sums are the SHA-256 of their NARs as the guest computed them, for a check
-	// of the way to the store.
-	Sums [][]byte
 	// Restored reports that the guest came from a template, not a cold boot.
 	Restored bool
 }

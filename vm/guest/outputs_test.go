@@ -2,7 +2,6 @@ package guest
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -176,8 +175,7 @@ func TestSink(t *testing.T) {
 		order.Outputs = append(order.Outputs, link.Output{Name: name, Path: path})
 		b, err := dump(t, root+path)
 		must(t, err)
-		sum := sha256.Sum256(b)
-		infos = append(infos, link.OutputInfo{Name: name, Size: int64(len(b)), SHA256: sum[:]})
+		infos = append(infos, link.OutputInfo{Name: name, Size: int64(len(b))})
 		want.Write(b)
 		want.Write(make([]byte, -len(b)&(link.OutputAlign-1)))
 	}

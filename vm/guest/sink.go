@@ -1,10 +1,8 @@
 package guest
 
 import (
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash"
 
 	"golang.org/x/sys/unix"
 
@@ -23,7 +21,6 @@ type sink struct {
 	off int64  // where buf goes to
 
 	size int64 // bytes of the current NAR
-	hash hash.Hash
 }
 
 // openSink opens the output disk. Close it.
@@ -36,12 +33,11 @@ func openSink(dev string) (*sink, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open output disk: %w", err), unix.Close(fd))
 	}
-	return &sink{fd: fd, buf: buf, hash: sha256.New()}, nil
+	return &sink{fd: fd, buf: buf}, nil
 }
 
 // Write takes bytes of the current NAR.
 func (s *sink) Write(b []byte) (int, error) {
-	s.hash.Write(b)
 	s.size += int64(len(b))
 	for rest := b; len(rest) > 0; {
 		n := copy(s.buf[s.n:], rest)
@@ -58,9 +54,8 @@ func (s *sink) Write(b []byte) (int, error) {
 
 // end ends the current NAR and begins the next one.
 func (s *sink) end(name string) (link.OutputInfo, error) {
-	info := link.OutputInfo{Name: name, Size: s.size, SHA256: s.hash.Sum(nil)}
+	info := link.OutputInfo{Name: name, Size: s.size}
 	s.size = 0
-	s.hash.Reset()
 	if over := s.n % link.OutputAlign; over != 0 {
 		clear(s.buf[s.n : s.n+link.OutputAlign-over])
 		s.n += link.OutputAlign - over

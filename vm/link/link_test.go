@@ -33,7 +33,7 @@ var messages = []Message{
 		Outputs: []Output{{Name: "out", Path: "/nix/store/8b5pmbnyr2pqd7whh57s7pk4yj4g0m4c-hello"}},
 		KVM:     true, MemoryMiB: 2048, MaxProcesses: 1000,
 	},
-	&Outputs{Outputs: []OutputInfo{{Name: "out", Size: 1 << 40, SHA256: make([]byte, 32)}}},
+	&Outputs{Outputs: []OutputInfo{{Name: "out", Size: 1 << 40}}},
 	&Result{
 		Kind: Signaled, ExitStatus: 1, Signal: 9, Message: "a \"message\"\n", LogBytes: 77,
 		CPUUser: time.Second, CPUSystem: time.Millisecond, PeakMemory: 1 << 33, ScratchUsed: 4096,
