@@ -221,7 +221,7 @@ func (b *build) end(ctx context.Context, err error) error {
 	}
 	var failed *BuildError
 	if errors.As(err, &failed) {
-		b.result.Stop, b.result.Produced = later(b.result.Stop, b.result.Start), nil
+		b.result.Produced = nil
 		failed.Result = b.result
 		return failed
 	}
@@ -305,71 +305,105 @@ func (b *build) listen(frames chan<- link.Message) error {
 // follow waits for the result of the build, and the outputs that were sent
 // before it.
 func (b *build) follow(ctx context.Context, frames <-chan link.Message, ended <-chan error) (*link.Result, *link.Outputs, error) {
-	w := newWatch(b.g.machine.accel, b.spec, time.Now())
-	var sent *link.Outputs
-	begun := b.begun
-	for {
-		w.active = later(w.active, b.pump.get())
-		if w.phase == phaseSending {
-			w.active = later(w.active, b.arriving.get())
-		}
-		next := w.next()
-		if !time.Now().Before(next.at) {
-			b.result.Stop = time.Now()
-			return nil, nil, b.late(next.err)
-		}
-		timer := time.NewTimer(time.Until(next.at))
-		_, pumped, logMoved := b.pump.state()
-		if errors.Is(pumped, errLogLimit) {
-			b.result.Stop = time.Now()
-			return nil, nil, &BuildError{Kind: LogLimit, Message: fmt.Sprintf("the build's log is longer than %d bytes", b.spec.MaxLog)}
-		} else if isWriteError(pumped) {
-			return nil, nil, pumped
-		}
-		select {
-		case m := <-frames:
-			w.beat = time.Now()
-			switch m := m.(type) {
-			case *link.Beat:
-			case *link.Started:
-				w.enter(phaseRunning, w.beat)
-				b.result.Start = w.beat
-			case *link.Outputs:
-				w.enter(phaseSending, w.beat)
-				sent = m
-			case *link.Result:
-				if b.result.Stop.IsZero() {
-					b.result.Stop = w.beat
-				}
-				return m, sent, nil
-			default:
-				return nil, nil, fmt.Errorf("the guest's agent said %T out of turn", m)
+	f := &following{b: b, w: newWatch(b.g.machine.accel, b.spec, time.Now()), begun: b.begun}
+	for f.result == nil {
+		if err := f.step(ctx, frames, ended); err != nil {
+			if b.result.Stop.IsZero() {
+				b.result.Stop = time.Now()
 			}
-		case <-begun:
-			begun = nil
-			b.result.Stop = time.Now()
-			w.enter(phaseSending, b.result.Stop)
-		case <-logMoved:
-		case e, ok := <-b.g.qmp.events:
-			err := event(e)
-			if !ok {
-				err = fmt.Errorf("the guest ended without a result: %w", b.g.qmp.err)
-			}
-			if err != nil {
-				return nil, nil, b.g.explain(err)
-			}
-		case <-b.disks.inputs.Failed():
-			return nil, nil, b.disks.inputs.Err()
-		case <-b.disks.sink.Failed():
-			return nil, nil, b.disks.sink.Err()
-		case err := <-ended:
-			return nil, nil, b.g.explain(fmt.Errorf("the guest ended without a result: %w", err))
-		case <-timer.C:
-		case <-ctx.Done():
-			return nil, nil, context.Cause(ctx)
+			return nil, nil, err
 		}
-		timer.Stop()
 	}
+	return f.result, f.sent, nil
+}
+
+// A following is the state of follow.
+type following struct {
+	b      *build
+	w      *watch
+	begun  <-chan struct{} // nil when it was seen
+	sent   *link.Outputs
+	result *link.Result
+}
+
+// step waits for one thing to happen. Its error ends the build.
+func (f *following) step(ctx context.Context, frames <-chan link.Message, ended <-chan error) error {
+	b := f.b
+	f.w.active = later(f.w.active, b.pump.get())
+	if f.w.phase == phaseSending {
+		f.w.active = later(f.w.active, b.arriving.get())
+	}
+	next := f.w.next()
+	if !time.Now().Before(next.at) {
+		return b.late(next.err)
+	}
+	timer := time.NewTimer(time.Until(next.at))
+	defer timer.Stop()
+	_, pumped, logMoved := b.pump.state()
+	if err := b.logFailure(pumped); err != nil {
+		return err
+	}
+	select {
+	case m := <-frames:
+		return f.hear(m)
+	case <-f.begun:
+		f.begun = nil
+		b.result.Stop = time.Now()
+		f.w.enter(phaseSending, b.result.Stop)
+	case <-logMoved:
+	case e, ok := <-b.g.qmp.events:
+		if !ok {
+			return b.g.explain(fmt.Errorf("the guest ended without a result: %w", b.g.qmp.err))
+		}
+		if err := event(e); err != nil {
+			return b.g.explain(err)
+		}
+	case <-b.disks.inputs.Failed():
+		return b.disks.inputs.Err()
+	case <-b.disks.sink.Failed():
+		return b.disks.sink.Err()
+	case err := <-ended:
+		return b.g.explain(fmt.Errorf("the guest ended without a result: %w", err))
+	case <-timer.C:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	return nil
+}
+
+// hear takes one message of the guest.
+func (f *following) hear(m link.Message) error {
+	now := time.Now()
+	f.w.beat = now
+	switch m := m.(type) {
+	case *link.Beat:
+	case *link.Started:
+		f.w.enter(phaseRunning, now)
+		f.b.result.Start = now
+	case *link.Outputs:
+		f.w.enter(phaseSending, now)
+		f.sent = m
+	case *link.Result:
+		if f.b.result.Stop.IsZero() {
+			f.b.result.Stop = now
+		}
+		f.result = m
+	default:
+		return fmt.Errorf("the guest's agent said %T out of turn", m)
+	}
+	return nil
+}
+
+// logFailure returns what an end of the log pump means for the build, nil if
+// nothing.
+func (b *build) logFailure(pumped error) error {
+	if errors.Is(pumped, errLogLimit) {
+		return &BuildError{Kind: LogLimit, Message: fmt.Sprintf("the build's log is longer than %d bytes", b.spec.MaxLog)}
+	}
+	if isWriteError(pumped) {
+		return pumped
+	}
+	return nil
 }
 
 // late adds to a passed limit what QEMU says of the guest, if it is our failure.
@@ -420,11 +454,10 @@ func (b *build) waitForLog(ctx context.Context, size int64) error {
 	defer deadline.Stop()
 	for {
 		copied, err, moved := b.pump.state()
+		if failed := b.logFailure(err); failed != nil {
+			return failed
+		}
 		switch {
-		case errors.Is(err, errLogLimit):
-			return &BuildError{Kind: LogLimit, Message: fmt.Sprintf("the build's log is longer than %d bytes", b.spec.MaxLog)}
-		case isWriteError(err):
-			return err
 		case copied >= size:
 			return nil
 		case err != nil:

@@ -336,8 +336,11 @@ func TestRun(t *testing.T) {
 	t.Run("several at once", func(t *testing.T) {
 		var wg sync.WaitGroup
 		uuids := make([]string, 3)
+		var specs []*Spec
 		for i := range uuids {
-			s := spec(fmt.Sprintf("many%d", i), "cat /proc/sys/kernel/random/uuid; date +%s; echo $in > $out")
+			specs = append(specs, spec(fmt.Sprintf("many%d", i), "cat /proc/sys/kernel/random/uuid; date +%s; echo $in > $out"))
+		}
+		for i, s := range specs {
 			wg.Go(func() {
 				var log bytes.Buffer
 				if _, err := r.Run(t.Context(), s, &log, new(memOutputs)); err != nil {

@@ -150,6 +150,9 @@ type Runner struct {
 	// running counts what Close waits for.
 	running sync.WaitGroup
 	old     []*platform // replaced by Qualify; guarded by finding
+
+	closing  sync.Once
+	closeErr error // of closing
 }
 
 // New checks cfg and finds what guests need. Missing things are *MissingError.
@@ -221,11 +224,17 @@ func (c *Config) complete() error {
 	return nil
 }
 
-// Close kills all guests, waits for their Runs and frees the templates.
+// Close kills all guests, waits for their Runs and frees the templates. Only the
+// first call does anything; others wait for it.
 func (r *Runner) Close() error {
 	r.mu.Lock()
 	r.closed = true
 	r.mu.Unlock()
+	r.closing.Do(func() { r.closeErr = r.close() })
+	return r.closeErr
+}
+
+func (r *Runner) close() error {
 	r.end(ErrClosed)
 	r.running.Wait()
 	r.templates.close()
@@ -236,7 +245,6 @@ func (r *Runner) Close() error {
 	for _, p := range r.old {
 		errs = append(errs, p.boot.close())
 	}
-	r.old = nil
 	if r.cgroups != nil {
 		errs = append(errs, r.cgroups.close())
 	}
