@@ -97,6 +97,20 @@ func (c *CAHasher) Sum() (ContentAddress, error) {
 	return ContentAddress{c.method, sum}, nil
 }
 
+// LegacySum ends the archive and returns its content address as Nix before 2.17
+// computed it, which differs only for an object that refers to itself. There is
+// none for one that does so more than a million times.
+func (c *CAHasher) LegacySum() (ContentAddress, error) {
+	sum, legacy, err := c.sums()
+	if err != nil || c.self == nil {
+		return ContentAddress{c.method, sum}, err
+	}
+	if legacy.IsZero() {
+		return ContentAddress{}, errors.New("it refers to itself too often")
+	}
+	return ContentAddress{c.method, legacy}, nil
+}
+
 func (c *CAHasher) sums() (sum, legacy Hash, err error) {
 	if c.self != nil {
 		sum, legacy = c.self.Sums()

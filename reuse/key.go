@@ -27,6 +27,13 @@ type Key [sha256.Size]byte
 // String returns the key in hexadecimal.
 func (k Key) String() string { return hex.EncodeToString(k[:]) }
 
+// Variant returns the key of the same build done in another way that changes
+// its outputs. Different ways have different names; the way that NewKey means
+// has none.
+func (k Key) Variant(way string) Key {
+	return sha256.Sum256(append(k[:], way...))
+}
+
 // ParseKey reads what String wrote.
 func ParseKey(s string) (Key, error) {
 	var k Key

@@ -174,3 +174,14 @@ const (
 	goldenClosure = "bc9e45fa61a9072221e5682bd9b21dbe152928c6271750c9db61f3933fe708a3"
 	goldenNone    = "f18dfc3f9b0984d71464b9267df66613eef22cd40a66add45047481997d35cc0"
 )
+
+func TestVariant(t *testing.T) {
+	k := Key{1, 2, 3}
+	a, b := k.Variant("a"), k.Variant("b")
+	if a == k || b == k || a == b || a != k.Variant("a") {
+		t.Errorf("variants of %s: %s and %s", k, a, b)
+	}
+	if k != (Key{1, 2, 3}) {
+		t.Error("the key was changed")
+	}
+}

@@ -146,6 +146,7 @@ type job struct {
 	// itself, where that is another derivation, else zero.
 	hash, resolved nixproto.Hash
 	scratchDrv     nixproto.StorePath // names scratch paths; "" means drvPath
+	beforeSelfHash bool               // as in Session
 }
 
 // Build implements Builder.
@@ -171,6 +172,8 @@ func (b *Builds) Build(ctx context.Context, s *Session, req *BuildRequest, log L
 		mode:    req.Mode,
 		limits:  limits,
 		hash:    hash,
+
+		beforeSelfHash: s.beforeSelfHash,
 	}, log)
 }
 
@@ -322,6 +325,9 @@ func (b *Builds) inputs(ctx context.Context, j *job) (in *jobInputs, missing []n
 	key, err := reuse.NewKey(j.drv, infos)
 	if err != nil {
 		return nil, nil, err
+	}
+	if kind, _ := j.drv.Kind(); j.beforeSelfHash && kind == nixproto.Floating {
+		key = key.Variant("content addresses of Nix before 2.17")
 	}
 	return &jobInputs{closure, key, lease}, nil, nil
 }

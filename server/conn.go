@@ -66,6 +66,10 @@ func endStatus(err error) int {
 	return exitError
 }
 
+// firstSelfHash is the worker version of Nix 2.15 to 2.18; those before it have
+// Nix 2.14 and older.
+const firstSelfHash nixproto.Version = 1<<8 | 35
+
 // handshake agrees on a version. After an error, which the client was told, the
 // session is over; it is io.EOF if the client has left.
 func (w *worker) handshake() error {
@@ -76,6 +80,7 @@ func (w *worker) handshake() error {
 	hello := nixproto.Hello{Version: nixproto.MaxWorker, Nix: "nbd " + w.server.cfg.Version, Trust: trust}
 	_, v, err := nixproto.ServerHandshake(w.r, w.out.w, hello)
 	w.v, w.out.v = v, v
+	w.beforeSelfHash = v < firstSelfHash
 	var tooOld *nixproto.VersionError
 	switch {
 	case err == nil:

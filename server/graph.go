@@ -481,7 +481,8 @@ func (g *graph) buildNode(ctx context.Context, n *node, log LogSink) (*nixproto.
 	if err != nil {
 		return failed(nixproto.InputRejected, err), nil
 	}
-	j := &job{account: g.s.account(), drvPath: n.path, drv: drv, limits: g.limits, hash: n.hash}
+	j := &job{account: g.s.account(), drvPath: n.path, drv: drv, limits: g.limits, hash: n.hash,
+		beforeSelfHash: g.s.beforeSelfHash}
 	if n.top {
 		j.mode = g.mode
 	}

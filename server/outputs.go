@@ -159,7 +159,7 @@ func settleFixed(j *job, o *producedOutput, info *nixproto.PathInfo) error {
 	if err != nil {
 		return err
 	}
-	got, err := address(o, wanted.Method, wanted.Hash.Algo(), nil)
+	got, err := address(o, wanted.Method, wanted.Hash.Algo(), nil, false)
 	if err != nil {
 		return err
 	}
@@ -196,7 +196,7 @@ func (b *Builds) settleFloating(ctx context.Context, j *job, o *producedOutput, 
 		}
 		info.References = append(info.References, r)
 	}
-	got, err := address(o, method, algo, rewrites)
+	got, err := address(o, method, algo, rewrites, j.beforeSelfHash)
 	if err != nil {
 		return err
 	}
@@ -216,8 +216,8 @@ func (b *Builds) settleFloating(ctx context.Context, j *job, o *producedOutput, 
 }
 
 // address computes the content address of an output, with other paths in place
-// of its siblings'.
-func address(o *producedOutput, method nixproto.CAMethod, algo nixproto.HashAlgo, rewrites map[nixproto.StorePath]nixproto.StorePath) (nixproto.ContentAddress, error) {
+// of its siblings'; legacy as Nix before 2.17 does.
+func address(o *producedOutput, method nixproto.CAMethod, algo nixproto.HashAlgo, rewrites map[nixproto.StorePath]nixproto.StorePath, legacy bool) (nixproto.ContentAddress, error) {
 	var none nixproto.ContentAddress
 	if root := o.staged.Index()[0]; method != nixproto.CANAR && (root.Kind != nar.Regular || root.Executable) {
 		return none, rejectf("output path '%s' should be a non-executable regular file, because its outputHashMode is flat or text", o.seen)
@@ -232,6 +232,9 @@ func address(o *producedOutput, method nixproto.CAMethod, algo nixproto.HashAlgo
 	}
 	if err := copyRewritten(h, o.reader(), rewrites); err != nil {
 		return none, err
+	}
+	if legacy {
+		return h.LegacySum()
 	}
 	return h.Sum()
 }

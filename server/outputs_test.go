@@ -5,6 +5,7 @@ import (
 	"crypto/sha1"
 	"crypto/sha512"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -462,4 +463,28 @@ func FuzzOutputChecks(f *testing.F) {
 			}
 		}
 	})
+}
+
+// Nix before 2.17 computes the content address of what refers to itself in
+// another way, and refuses the newer one.
+func TestFloatingOutputForOldClient(t *testing.T) {
+	paths := map[bool]map[string]nixproto.Realisation{}
+	for _, old := range []bool{false, true} {
+		bt := newBuildTest(t, nil)
+		bt.session.beforeSelfHash = old
+		d := floatingDrv("ca", "self", "plain")
+		bt.runner.act("ca", func(f *fakeRun) error {
+			return errors.Join(f.write("self", "I am "+f.path("self"), false), f.write("plain", "nothing", false))
+		})
+		r, _ := bt.build(bt.request(d))
+		wantStatus(t, r, nixproto.Built)
+		bt.checkAddress(bt.info(r.Outputs["self"].OutPath))
+		paths[old] = r.Outputs
+	}
+	if paths[false]["self"].OutPath == paths[true]["self"].OutPath {
+		t.Error("what refers to itself has one address for old and new clients")
+	}
+	if paths[false]["plain"].OutPath != paths[true]["plain"].OutPath {
+		t.Error("what does not refer to itself has two addresses")
+	}
 }

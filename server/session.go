@@ -20,6 +20,11 @@ type Session struct {
 	// Log carries the attributes client and session.
 	Log *slog.Logger
 
+	// beforeSelfHash is set by the handshake with a client older than Nix 2.17,
+	// which computes the content address of what refers to itself in another
+	// way. Over the serve protocol nothing tells.
+	beforeSelfHash bool
+
 	proto  protocol
 	leases leases
 }
