@@ -288,12 +288,14 @@ func builderFailed(drv nixproto.StorePath, err *vm.BuildError, tail []string) st
 	default:
 		fmt.Fprintf(&text, "failed: %s", printable(err.Message))
 	}
-	if len(tail) > 0 {
-		fmt.Fprintf(&text, ";\nlast %d log lines:", len(tail))
-		for _, line := range tail {
-			text.WriteString("\n> ")
-			text.WriteString(printable(line))
-		}
+	if n := len(tail); n == 1 {
+		text.WriteString(";\nlast log line:")
+	} else if n > 1 {
+		fmt.Fprintf(&text, ";\nlast %d log lines:", n)
+	}
+	for _, line := range tail {
+		text.WriteString("\n> ")
+		text.WriteString(printable(line))
 	}
 	return text.String()
 }
