@@ -2,7 +2,6 @@ package server
 
 import (
 	"fmt"
-	"math"
 	"os"
 	"runtime"
 	"strconv"
@@ -39,7 +38,7 @@ func fillRoom(cfg *BuildsConfig) error {
 	}
 	cfg.CPUs = min(cfg.CPUs, cfg.Room.CPUs)
 	if cfg.Room.Guests == 0 {
-		cfg.Room.Guests = math.MaxInt32
+		cfg.Room.Guests = max(1, min(cfg.Room.MemoryMiB/vm.MemoryCostMiB(cfg.MemoryMiB), cfg.Room.CPUs/cfg.CPUs))
 	}
 	return nil
 }
