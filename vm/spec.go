@@ -28,7 +28,7 @@ type Spec struct {
 	// Cores is the number of CPUs the guest brings up, at least 1.
 	Cores int
 	// MemoryMiB is the most memory the build's cgroup may use, page cache
-	// included; the agent has ReservedMiB beside it.
+	// included; what a guest takes beside it is in MemoryCostMiB.
 	MemoryMiB int
 	// ScratchMiB is the size of the writable disk; zero means DefaultScratchMiB.
 	ScratchMiB int
