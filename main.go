@@ -132,7 +132,9 @@ var serveSettings = []setting{
 	{"max-guests", "0", "builds at once (default: as many as CPUs and memory allow)"},
 	{"memory", "0", "MiB of memory for all guests (default: three quarters of the host's)"},
 	{"default-cpu", "2", "CPUs of a guest"},
-	{"default-mem", "2048", "MiB of memory of a build"},
+	{"default-mem", "2048", "MiB of memory that a build is given at first"},
+	{"max-mem", "0", "MiB up to which a build that ran out is given more (default: what --memory allows)"},
+	{"scratch", "51200", "MiB of disk that a build may write, rounded up to a power of two GiB"},
 	{"max-log-size", "0", "bytes of log after which a build is ended (default: no limit)"},
 	{"min-free", "1024", "MiB of disk that uploads and outputs leave free"},
 	{"drain-timeout", "10m", "how long running builds may go on after SIGTERM"},
@@ -374,7 +376,8 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		name = host
 	}
 	storeConfig := store.Config{ServerName: name, MinFree: int64(p.number("min-free")) << 20, Logger: log}
-	builds := server.BuildsConfig{CPUs: p.number("default-cpu"), MemoryMiB: p.number("default-mem"), Logger: log,
+	builds := server.BuildsConfig{CPUs: p.number("default-cpu"), MemoryMiB: p.number("default-mem"),
+		MaxMemoryMiB: p.number("max-mem"), ScratchMiB: p.number("scratch"), Logger: log,
 		Room:   server.Room{Guests: p.number("max-guests"), MemoryMiB: p.number("memory")},
 		Limits: server.Limits{MaxLogSize: int64(p.number("max-log-size"))}}
 	front := server.Config{Version: version(), Logger: log, TempDir: filepath.Join(state, "tmp"), Ciphers: p.list("ciphers"), MaxUnauthenticated: p.number("max-unauthenticated"),
@@ -486,7 +489,7 @@ func adminCommand() *cobra.Command {
 	account.AddCommand(a.accountAdd(), a.accountList(), a.accountRemove())
 	key := &cobra.Command{Use: "key", Short: "SSH keys of accounts: add, list, remove"}
 	key.AddCommand(a.keyAdd(), a.keyList(), a.keyRemove())
-	cmd.AddCommand(account, key, a.status(), a.check())
+	cmd.AddCommand(account, key, a.status(), a.check(), a.gc())
 	for _, c := range []*cobra.Command{cmd, account, key} {
 		c.RunE = needsCommand
 	}
@@ -639,6 +642,17 @@ func (a *adminFlags) check() *cobra.Command {
 		}}
 	cmd.Flags().BoolVar(&readData, "read-data", false, "read and hash every byte")
 	return cmd
+}
+
+func (a *adminFlags) gc() *cobra.Command {
+	return &cobra.Command{Use: "gc", Short: "Remove now the bytes that no account has any more, as the server does each hour", Args: exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			freed, err := a.client().GC(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return a.print(cmd, freed, func(w io.Writer) { fmt.Fprintf(w, "freed %d MiB\n", freed.Bytes>>20) })
+		}}
 }
 
 // Commands that need no server.

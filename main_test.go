@@ -74,6 +74,25 @@ func TestScripts(t *testing.T) {
 	})
 }
 
+// The README lists every setting as it is.
+func TestReadme(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, table := range [][]setting{serveSettings, guestSettings} {
+		for _, s := range table {
+			value := ""
+			if s.value != "" {
+				value = "`" + s.value + "`"
+			}
+			if row := fmt.Sprintf("| `%s` | %s | %s |\n", s.name, value, s.usage); !strings.Contains(string(readme), row) {
+				t.Errorf("README.md lacks %s", row)
+			}
+		}
+	}
+}
+
 // A preparedState is what all scripts start from: the program, and a state
 // directory with an imported kernel that was found to boot.
 type preparedState struct {

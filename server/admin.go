@@ -103,6 +103,7 @@ func NewAdmin(s *store.Store, status func(context.Context) (Status, error), log 
 	mux.Handle("POST /keys", a.handle(a.addKeys))
 	mux.Handle("DELETE /keys", a.handle(a.removeKey))
 	mux.Handle("POST /check", a.handle(a.check))
+	mux.Handle("POST /gc", a.handle(a.gc))
 	a.http = http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	return a
 }
@@ -207,6 +208,16 @@ func (a *Admin) getStatus(r *http.Request) (any, error) { return a.status(r.Cont
 
 func (a *Admin) check(r *http.Request) (any, error) {
 	return a.store.Check(r.Context(), r.URL.Query().Get("readData") == "true")
+}
+
+// Freed is what a collection freed.
+type Freed struct {
+	Bytes uint64 `json:"freedBytes"` // on disk
+}
+
+func (a *Admin) gc(r *http.Request) (any, error) {
+	freed, err := a.store.Sweep(r.Context())
+	return Freed{freed}, err
 }
 
 func (a *Admin) listAccounts(r *http.Request) (any, error) {

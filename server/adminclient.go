@@ -88,6 +88,11 @@ func (c *AdminClient) Check(ctx context.Context, readData bool) (r store.Report,
 	return r, c.do(ctx, http.MethodPost, "/check", url.Values{"readData": {fmt.Sprint(readData)}}, nil, &r)
 }
 
+// GC removes the bytes that no account has any more.
+func (c *AdminClient) GC(ctx context.Context) (f Freed, err error) {
+	return f, c.do(ctx, http.MethodPost, "/gc", nil, nil, &f)
+}
+
 // do sends one request and decodes its answer into out, unless that is nil.
 func (c *AdminClient) do(ctx context.Context, method, path string, query url.Values, in, out any) error {
 	var body io.Reader

@@ -23,8 +23,8 @@ type BuildsConfig struct {
 	Store  *store.Store
 	Runner runner
 	// Systems are those that can be built for; default x86_64-linux and
-	// i686-linux. Features are those offered; default big-parallel, benchmark,
-	// nixos-test and ca-derivations.
+	// i686-linux. Features are those offered; default big-parallel, benchmark
+	// and ca-derivations.
 	Systems, Features []string
 	// Room is what all guests together may take. Zero fields mean: as many
 	// guests as the other two allow, three quarters of the machine's memory,
@@ -93,7 +93,7 @@ func NewBuilds(ctx context.Context, cfg BuildsConfig) (*Builds, error) {
 		cfg.Systems = []string{"x86_64-linux", "i686-linux"}
 	}
 	if cfg.Features == nil {
-		cfg.Features = []string{"big-parallel", "benchmark", "nixos-test", "ca-derivations"}
+		cfg.Features = []string{"big-parallel", "benchmark", "ca-derivations"}
 	}
 	if cfg.CPUs == 0 {
 		cfg.CPUs = 2

@@ -206,7 +206,7 @@ func TestBuildRefusals(t *testing.T) {
 	}{
 		{"system", &nixproto.Derivation{System: "riscv64-linux"}, nil, []string{"'riscv64-linux'", "i686-linux, x86_64-linux"}},
 		{"builtin system", &nixproto.Derivation{System: "builtin"}, nil, []string{"builtin"}},
-		{"feature", nil, map[string]string{"requiredSystemFeatures": "big-parallel no-such"}, []string{"'no-such'", "benchmark, big-parallel, ca-derivations, nixos-test"}},
+		{"feature", nil, map[string]string{"requiredSystemFeatures": "big-parallel no-such"}, []string{"'no-such'", "benchmark, big-parallel, ca-derivations"}},
 		{"structured feature", nil, map[string]string{"__json": `{"requiredSystemFeatures":["no-such"]}`}, []string{"'no-such'"}},
 		{"bad features", nil, map[string]string{"__json": `{"requiredSystemFeatures":1}`}, []string{"requiredSystemFeatures"}},
 		{"bad json", nil, map[string]string{"__json": `[`}, []string{"JSON"}},

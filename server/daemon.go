@@ -72,6 +72,7 @@ func NewDaemon(ctx context.Context, cfg DaemonConfig) (*Daemon, error) {
 	})
 	// The first build shall not be the one that learns what guests can do.
 	d.tasks.Go(func() { d.qualify(ctx) })
+	d.tasks.Go(func() { d.sweep(ctx) })
 	return d, nil
 }
 
@@ -93,6 +94,29 @@ func (d *Daemon) qualify(ctx context.Context) {
 	}
 	for _, w := range s.Weaknesses {
 		log.Warn("protects less than it could", "what", w)
+	}
+}
+
+// sweepEvery is how often the bytes go that no account has any more.
+const sweepEvery = time.Hour
+
+func (d *Daemon) sweep(ctx context.Context) {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		freed, err := d.cfg.Server.Store.Sweep(ctx)
+		switch {
+		case ctx.Err() != nil:
+		case err != nil:
+			d.cfg.Logger.Error("cannot remove what no account has any more", "err", err)
+		case freed > 0:
+			d.cfg.Logger.Info("removed what no account had any more", "bytes", freed)
+		}
 	}
 }
 

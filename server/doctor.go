@@ -103,6 +103,10 @@ func (d *doctor) guests(ctx context.Context, cfg vm.Config) {
 	defer cancel()
 	start := time.Now()
 	s, err = r.Qualify(ctx, true)
+	if errors.As(err, &missing) {
+		d.bad("boot", errors.New(missing.What), missing.Hint)
+		return
+	}
 	if err != nil {
 		d.bad("boot", err, "try another kernel with `nbd kernel import`")
 		return

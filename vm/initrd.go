@@ -127,6 +127,9 @@ type bootFiles struct {
 
 // makeBootFiles reads the kernel and makes the initramfs.
 func makeBootFiles(dir string, k Kernel, init, shell string) (_ *bootFiles, err error) {
+	if err := checkStatic(init); err != nil {
+		return nil, err
+	}
 	modules, err := loadModules(k.Modules, guestModules)
 	if err != nil {
 		return nil, err
