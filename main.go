@@ -17,7 +17,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
-	"strconv"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -119,25 +118,27 @@ its own, and every account has a view of the store of its own.
 
 // A setting is one row of the table.
 type setting struct {
-	name, value, usage string // value is the default
+	name  string
+	value any // the default, of the setting's type
+	usage string
 }
 
 var serveSettings = []setting{
 	{"ssh-listen", ":2222", "address for SSH"},
 	{"server-name", "", "first half of the names of signing keys (default: the host's name)"},
 	{"ciphers", "", "SSH ciphers to offer, commas between them (default: those that suit the processor)"},
-	{"max-unauthenticated", "64", "connections that may be in their handshake at once"},
-	{"handshake-timeout", "20s", "time from connection to authentication"},
-	{"keep-alive", "20s", "after how long a silent client is asked for a sign of life"},
-	{"max-guests", "0", "builds at once (default: as many as CPUs and memory allow)"},
-	{"memory", "0", "MiB of memory for all guests (default: three quarters of the host's)"},
-	{"default-cpu", "2", "CPUs of a guest"},
-	{"default-mem", "2048", "MiB of memory that a build is given at first"},
-	{"max-mem", "0", "MiB up to which a build that ran out is given more (default: what --memory allows)"},
-	{"scratch", "51200", "MiB of disk that a build may write, rounded up to a power of two GiB"},
-	{"max-log-size", "0", "bytes of log after which a build is ended (default: no limit)"},
-	{"min-free", "1024", "MiB of disk that uploads and outputs leave free"},
-	{"drain-timeout", "10m", "how long running builds may go on after SIGTERM"},
+	{"max-unauthenticated", uint(64), "connections that may be in their handshake at once"},
+	{"handshake-timeout", 20 * time.Second, "time from connection to authentication"},
+	{"keep-alive", 20 * time.Second, "after how long a silent client is asked for a sign of life"},
+	{"max-guests", uint(0), "builds at once (default: as many as CPUs and memory allow)"},
+	{"memory", uint(0), "MiB of memory for all guests (default: three quarters of the host's)"},
+	{"default-cpu", uint(2), "CPUs of a guest"},
+	{"default-mem", uint(2048), "MiB of memory that a build is given at first"},
+	{"max-mem", uint(0), "MiB up to which a build that ran out is given more (default: what --memory allows)"},
+	{"scratch", uint(51200), "MiB of disk that a build may write, rounded up to a power of two GiB"},
+	{"max-log-size", uint(0), "bytes of log after which a build is ended (default: no limit)"},
+	{"min-free", uint(1024), "MiB of disk that uploads and outputs leave free"},
+	{"drain-timeout", 10 * time.Minute, "how long running builds may go on after SIGTERM"},
 	{"log-level", "info", "debug, info, warn or error"},
 	{"log-format", "text", "text or json"},
 }
@@ -145,10 +146,10 @@ var serveSettings = []setting{
 // guestSettings are what `nbd doctor` needs to know, too.
 var guestSettings = []setting{
 	{"accel", "auto", "kvm, tcg, or auto: KVM if a guest really boots with it"},
-	{"kernel", "", "kernel of the guests: a file, or a name of `nbd kernel list` (default: its first)"},
+	{"kernel", "", "kernel of the guests: a file, or a name that nbd kernel list prints (default: the first)"},
 	{"qemu", "", "qemu-system-x86_64 (default: searched in PATH)"},
 	{"sandbox-shell", "", "static shell that is /bin/sh in a build (default: busybox, searched)"},
-	{"cold-boot", "false", "boot every guest instead of restoring a booted template"},
+	{"cold-boot", false, "boot every guest instead of restoring a booted template"},
 }
 
 // A config is the table with the values of one invocation.
@@ -164,10 +165,15 @@ func newConfig(cmd *cobra.Command, tables ...[]setting) *config {
 	c.flags.String("state", defaultState(), "directory of the server's state")
 	for _, table := range tables {
 		for _, s := range table {
-			if s.value == "false" {
-				c.flags.Bool(s.name, false, s.usage)
-			} else {
-				c.flags.String(s.name, s.value, s.usage)
+			switch v := s.value.(type) {
+			case bool:
+				c.flags.Bool(s.name, v, s.usage)
+			case uint:
+				c.flags.Uint(s.name, v, s.usage)
+			case time.Duration:
+				c.flags.Duration(s.name, v, s.usage)
+			case string:
+				c.flags.String(s.name, v, s.usage)
 			}
 		}
 	}
@@ -188,7 +194,7 @@ func (c *config) load() error {
 		env := "NBD_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
 		if v := os.Getenv(env); v != "" {
 			if err := f.Value.Set(v); err != nil {
-				errs = append(errs, fmt.Errorf("environment %s: %w", env, err))
+				errs = append(errs, fmt.Errorf("setting %s: environment %s: %w", f.Name, env, err))
 			}
 		} else if v, ok := file[f.Name]; ok {
 			if err := f.Value.Set(v); err != nil {
@@ -260,6 +266,34 @@ func (c *config) readFile() (map[string]string, error) {
 
 func (c *config) text(name string) string { return c.flags.Lookup(name).Value.String() }
 
+// get returns the value of a setting of type T, which its table gave it.
+func get[T bool | uint | time.Duration](c *config, name string) (v T) {
+	var err error
+	switch v := any(&v).(type) {
+	case *bool:
+		*v, err = c.flags.GetBool(name)
+	case *uint:
+		*v, err = c.flags.GetUint(name)
+	case *time.Duration:
+		*v, err = c.flags.GetDuration(name)
+	}
+	if err != nil {
+		panic(err) // the table has no such setting
+	}
+	return v
+}
+
+// number returns a setting that is a number.
+func (c *config) number(name string) int { return int(get[uint](c, name)) }
+
+// list returns a setting with commas or spaces in it; nil if it is empty.
+func (c *config) list(name string) []string {
+	if c.text(name) == "" {
+		return nil
+	}
+	return strings.FieldsFunc(c.text(name), func(r rune) bool { return r == ',' || r == ' ' })
+}
+
 // defaultState is where the server keeps what it knows if nobody says.
 func defaultState() string {
 	if os.Geteuid() == 0 {
@@ -315,58 +349,16 @@ func (c *config) logger(w io.Writer) (*slog.Logger, error) {
 	}
 }
 
-// A parser reads typed settings and keeps the first error.
-type parser struct {
-	cfg *config
-	err error
-}
-
-func (p *parser) fail(name string, err error) {
-	if err != nil && p.err == nil {
-		p.err = fmt.Errorf("setting %s: %w", name, err)
-	}
-}
-
-func (p *parser) number(name string) int {
-	n, err := strconv.Atoi(p.cfg.text(name))
-	if err == nil && n < 0 {
-		err = errors.New("is negative")
-	}
-	p.fail(name, err)
-	return n
-}
-
-func (p *parser) duration(name string) time.Duration {
-	d, err := time.ParseDuration(p.cfg.text(name))
-	p.fail(name, err)
-	return d
-}
-
-// list reads a list with commas or spaces; nil if it is empty.
-func (p *parser) list(name string) []string {
-	if p.cfg.text(name) == "" {
-		return nil
-	}
-	return strings.FieldsFunc(p.cfg.text(name), func(r rune) bool { return r == ',' || r == ' ' })
-}
-
-func (p *parser) flag(name string) bool {
-	v, err := strconv.ParseBool(p.cfg.text(name))
-	p.fail(name, err)
-	return v
-}
-
 // guests turns the guest settings into the Config of package vm.
-func (p *parser) guests(log *slog.Logger) vm.Config {
-	return vm.Config{StateDir: p.cfg.text("state"), QEMU: p.cfg.text("qemu"), Kernel: p.cfg.text("kernel"),
-		Accel: p.cfg.text("accel"), Busybox: p.cfg.text("sandbox-shell"), ColdBoot: p.flag("cold-boot"), Logger: log}
+func (c *config) guests(log *slog.Logger) vm.Config {
+	return vm.Config{StateDir: c.text("state"), QEMU: c.text("qemu"), Kernel: c.text("kernel"),
+		Accel: c.text("accel"), Busybox: c.text("sandbox-shell"), ColdBoot: get[bool](c, "cold-boot"), Logger: log}
 }
 
 // serve joins the packages and runs them until a signal ends them.
 func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
-	p := &parser{cfg: cfg}
 	state := cfg.text("state")
-	guests := p.guests(log)
+	guests := cfg.guests(log)
 	name := cfg.text("server-name")
 	if name == "" {
 		host, err := os.Hostname()
@@ -375,17 +367,14 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		}
 		name = host
 	}
-	storeConfig := store.Config{ServerName: name, MinFree: int64(p.number("min-free")) << 20, Logger: log}
-	builds := server.BuildsConfig{CPUs: p.number("default-cpu"), MemoryMiB: p.number("default-mem"),
-		MaxMemoryMiB: p.number("max-mem"), ScratchMiB: p.number("scratch"), Logger: log,
-		Room:   server.Room{Guests: p.number("max-guests"), MemoryMiB: p.number("memory")},
-		Limits: server.Limits{MaxLogSize: int64(p.number("max-log-size"))}}
-	front := server.Config{Version: version(), Logger: log, TempDir: filepath.Join(state, "tmp"), Ciphers: p.list("ciphers"), MaxUnauthenticated: p.number("max-unauthenticated"),
-		HandshakeTimeout: p.duration("handshake-timeout"), KeepAlive: p.duration("keep-alive")}
-	grace := p.duration("drain-timeout")
-	if p.err != nil {
-		return p.err
-	}
+	storeConfig := store.Config{ServerName: name, MinFree: int64(cfg.number("min-free")) << 20, Logger: log}
+	builds := server.BuildsConfig{CPUs: cfg.number("default-cpu"), MemoryMiB: cfg.number("default-mem"),
+		MaxMemoryMiB: cfg.number("max-mem"), ScratchMiB: cfg.number("scratch"), Logger: log,
+		Room:   server.Room{Guests: cfg.number("max-guests"), MemoryMiB: cfg.number("memory")},
+		Limits: server.Limits{MaxLogSize: int64(cfg.number("max-log-size"))}}
+	front := server.Config{Version: server.Version(), Logger: log, TempDir: filepath.Join(state, "tmp"), Ciphers: cfg.list("ciphers"), MaxUnauthenticated: cfg.number("max-unauthenticated"),
+		HandshakeTimeout: get[time.Duration](cfg, "handshake-timeout"), KeepAlive: get[time.Duration](cfg, "keep-alive")}
+	grace := get[time.Duration](cfg, "drain-timeout")
 	listener, err := net.Listen("tcp", cfg.text("ssh-listen"))
 	if err != nil {
 		return &server.HintError{Err: err, Hint: "choose another address with --ssh-listen"}
@@ -422,7 +411,7 @@ func serveUntilSignal(d *server.Daemon, l net.Listener, grace time.Duration, log
 	defer signal.Stop(signals)
 	ended := make(chan error, 1)
 	go func() { ended <- d.Serve(l) }()
-	log.Info("nbd is ready", "version", version(), "ssh", l.Addr().String(), "state", d.State())
+	log.Info("nbd is ready", "version", server.Version(), "ssh", l.Addr().String(), "state", d.State())
 	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 		log.Warn("cannot tell systemd", "err", err)
 	}
@@ -514,68 +503,73 @@ func exactArgs(names ...string) cobra.PositionalArgs {
 	}
 }
 
+// ask makes a command that asks the server for a T and prints it: as JSON, or as
+// text does.
+func ask[T any](a *adminFlags, use, short string, args cobra.PositionalArgs,
+	get func(ctx context.Context, args []string) (T, error), text func(w io.Writer, v T)) *cobra.Command {
+	return &cobra.Command{Use: use, Short: short, Args: args, RunE: func(cmd *cobra.Command, args []string) error {
+		v, err := get(cmd.Context(), args)
+		if err != nil {
+			return err
+		}
+		return a.print(cmd, v, func(w io.Writer) { text(w, v) })
+	}}
+}
+
+// A done is the answer of a command that has nothing else to tell.
+type done struct {
+	Removed string `json:"removed"`
+}
+
+func printDone(w io.Writer, d done) { fmt.Fprintln(w, "removed", d.Removed) }
+
 func (a *adminFlags) accountAdd() *cobra.Command {
 	var files []string
-	cmd := &cobra.Command{Use: "add NAME --ssh-key FILE", Short: "Make an account and let its keys in", Args: exactArgs("NAME"),
-		RunE: func(cmd *cobra.Command, args []string) error {
+	cmd := ask(a, "add NAME --ssh-key FILE", "Make an account and let its keys in", exactArgs("NAME"),
+		func(ctx context.Context, args []string) (acc server.AccountInfo, err error) {
 			keys, err := server.ReadKeyFiles(files)
 			if err != nil {
-				return err
+				return acc, err
 			}
-			acc, err := a.client().AddAccount(cmd.Context(), server.NewKeys{Account: args[0], Keys: keys})
-			if err != nil {
-				return err
+			return a.client().AddAccount(ctx, server.NewKeys{Account: args[0], Keys: keys})
+		},
+		func(w io.Writer, acc server.AccountInfo) {
+			fmt.Fprintf(w, "account %s\nsigns with %s\n", acc.Name, acc.PublicKey)
+			for _, k := range acc.Keys {
+				fmt.Fprintf(w, "key %s %s\n", k.Fingerprint, k.Comment)
 			}
-			return a.print(cmd, acc, func(w io.Writer) {
-				fmt.Fprintf(w, "account %s\nsigns with %s\n", acc.Name, acc.PublicKey)
-				for _, k := range acc.Keys {
-					fmt.Fprintf(w, "key %s %s\n", k.Fingerprint, k.Comment)
-				}
-			})
-		}}
+		})
 	cmd.Flags().StringArrayVar(&files, "ssh-key", nil, "file with public SSH keys, - for standard input; may be repeated")
 	return cmd
 }
 
 func (a *adminFlags) accountList() *cobra.Command {
-	return &cobra.Command{Use: "list", Short: "List accounts", Args: exactArgs(),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			list, err := a.client().Accounts(cmd.Context())
-			if err != nil {
-				return err
+	return ask(a, "list", "List accounts", exactArgs(),
+		func(ctx context.Context, _ []string) ([]server.AccountInfo, error) { return a.client().Accounts(ctx) },
+		func(w io.Writer, list []server.AccountInfo) {
+			for _, acc := range list {
+				fmt.Fprintf(w, "%s\t%d keys\t%s\n", acc.Name, len(acc.Keys), acc.PublicKey)
 			}
-			return a.print(cmd, list, func(w io.Writer) {
-				for _, acc := range list {
-					fmt.Fprintf(w, "%s\t%d keys\t%s\n", acc.Name, len(acc.Keys), acc.PublicKey)
-				}
-			})
-		}}
+		})
 }
 
 func (a *adminFlags) accountRemove() *cobra.Command {
-	return &cobra.Command{Use: "remove NAME", Short: "Remove an account with its keys and all it has in the store", Args: exactArgs("NAME"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := a.client().RemoveAccount(cmd.Context(), args[0]); err != nil {
-				return err
-			}
-			return a.print(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintln(w, "removed", args[0]) })
-		}}
+	return ask(a, "remove NAME", "Remove an account with its keys and all it has in the store", exactArgs("NAME"),
+		func(ctx context.Context, args []string) (done, error) {
+			return done{args[0]}, a.client().RemoveAccount(ctx, args[0])
+		}, printDone)
 }
 
 func (a *adminFlags) keyAdd() *cobra.Command {
 	var permissions []string
-	cmd := &cobra.Command{Use: "add ACCOUNT FILE", Short: "Let a key into an account", Args: exactArgs("ACCOUNT", "FILE"),
-		RunE: func(cmd *cobra.Command, args []string) error {
+	cmd := ask(a, "add ACCOUNT FILE", "Let a key into an account", exactArgs("ACCOUNT", "FILE"),
+		func(ctx context.Context, args []string) ([]server.KeyInfo, error) {
 			keys, err := server.ReadKeyFiles(args[1:])
 			if err != nil {
-				return err
+				return nil, err
 			}
-			list, err := a.client().AddKeys(cmd.Context(), server.NewKeys{Account: args[0], Keys: keys, Permissions: permissions})
-			if err != nil {
-				return err
-			}
-			return a.print(cmd, list, func(w io.Writer) { printKeys(w, list) })
-		}}
+			return a.client().AddKeys(ctx, server.NewKeys{Account: args[0], Keys: keys, Permissions: permissions})
+		}, printKeys)
 	cmd.Flags().StringSliceVar(&permissions, "permissions", nil,
 		"what it may do, of build:read, build:write, store:read, store:write, account:read, account:write (default: all)")
 	return cmd
@@ -588,71 +582,53 @@ func printKeys(w io.Writer, list []server.KeyInfo) {
 }
 
 func (a *adminFlags) keyList() *cobra.Command {
-	return &cobra.Command{Use: "list [ACCOUNT]", Short: "List keys", Args: cobra.MaximumNArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			list, err := a.client().Keys(cmd.Context(), strings.Join(args, ""))
-			if err != nil {
-				return err
-			}
-			return a.print(cmd, list, func(w io.Writer) { printKeys(w, list) })
-		}}
+	return ask(a, "list [ACCOUNT]", "List keys", cobra.MaximumNArgs(1),
+		func(ctx context.Context, args []string) ([]server.KeyInfo, error) {
+			return a.client().Keys(ctx, strings.Join(args, ""))
+		}, printKeys)
 }
 
 func (a *adminFlags) keyRemove() *cobra.Command {
-	return &cobra.Command{Use: "remove FINGERPRINT", Short: "Shut a key out", Args: exactArgs("FINGERPRINT"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := a.client().RemoveKey(cmd.Context(), args[0]); err != nil {
-				return err
-			}
-			return a.print(cmd, struct{}{}, func(w io.Writer) { fmt.Fprintln(w, "removed", args[0]) })
-		}}
+	return ask(a, "remove FINGERPRINT", "Shut a key out", exactArgs("FINGERPRINT"),
+		func(ctx context.Context, args []string) (done, error) {
+			return done{args[0]}, a.client().RemoveKey(ctx, args[0])
+		}, printDone)
 }
 
 func (a *adminFlags) status() *cobra.Command {
-	return &cobra.Command{Use: "status", Short: "Tell how the server does", Args: exactArgs(),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := a.client().Status(cmd.Context())
-			if err != nil {
-				return err
-			}
-			return a.print(cmd, s, func(w io.Writer) { s.Print(w) })
-		}}
+	return ask(a, "status", "Tell how the server does", exactArgs(),
+		func(ctx context.Context, _ []string) (server.Status, error) { return a.client().Status(ctx) },
+		func(w io.Writer, s server.Status) { s.Print(w) })
+}
+
+func (a *adminFlags) gc() *cobra.Command {
+	return ask(a, "gc", "Remove now the bytes that no account has any more, as the server does each hour", exactArgs(),
+		func(ctx context.Context, _ []string) (server.Freed, error) { return a.client().GC(ctx) },
+		func(w io.Writer, f server.Freed) { fmt.Fprintf(w, "freed %d MiB\n", f.Bytes>>20) })
 }
 
 func (a *adminFlags) check() *cobra.Command {
 	var readData bool
-	cmd := &cobra.Command{Use: "check", Short: "Prove the store: that all is there, and with --read-data that it is right", Args: exactArgs(),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			r, err := a.client().Check(cmd.Context(), readData)
-			if err != nil {
-				return err
+	var report store.Report
+	cmd := ask(a, "check", "Prove the store: that all is there, and with --read-data that it is right", exactArgs(),
+		func(ctx context.Context, _ []string) (r store.Report, err error) {
+			report, err = a.client().Check(ctx, readData)
+			return report, err
+		},
+		func(w io.Writer, r store.Report) {
+			fmt.Fprintf(w, "%d accounts, %d paths, %d NARs, %d MiB\n", r.Accounts, r.Paths, r.Blobs, r.Bytes>>20)
+			for _, p := range r.Problems {
+				fmt.Fprintln(w, p)
 			}
-			if err := a.print(cmd, r, func(w io.Writer) {
-				fmt.Fprintf(w, "%d accounts, %d paths, %d NARs, %d MiB\n", r.Accounts, r.Paths, r.Blobs, r.Bytes>>20)
-				for _, p := range r.Problems {
-					fmt.Fprintln(w, p)
-				}
-			}); err != nil {
-				return err
-			}
-			if !r.OK() {
-				return fmt.Errorf("the store has %d faults", len(r.Problems)+r.More)
-			}
-			return nil
-		}}
+		})
+	cmd.PostRunE = func(*cobra.Command, []string) error {
+		if !report.OK() {
+			return fmt.Errorf("the store has %d faults", len(report.Problems)+report.More)
+		}
+		return nil
+	}
 	cmd.Flags().BoolVar(&readData, "read-data", false, "read and hash every byte")
 	return cmd
-}
-
-func (a *adminFlags) gc() *cobra.Command {
-	return &cobra.Command{Use: "gc", Short: "Remove now the bytes that no account has any more, as the server does each hour", Args: exactArgs(),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			freed, err := a.client().GC(cmd.Context())
-			if err != nil {
-				return err
-			}
-			return a.print(cmd, freed, func(w io.Writer) { fmt.Fprintf(w, "freed %d MiB\n", freed.Bytes>>20) })
-		}}
 }
 
 // Commands that need no server.
@@ -698,16 +674,7 @@ func setupCommand() *cobra.Command {
 		if err := cfg.load(); err != nil {
 			return err
 		}
-		status, err := server.NewAdminClient(cfg.text("state")).Status(cmd.Context())
-		if err != nil {
-			return err
-		}
-		s := server.Setup{Host: host, Port: port, HostKey: status.HostKey, Systems: status.Systems, Features: status.Features,
-			MaxJobs: max(1, status.Queue.Total.Guests)}
-		if err := s.SetAddress(status.SSH); err != nil {
-			return err
-		}
-		text, err := s.Text(kind)
+		text, err := server.NewAdminClient(cfg.text("state")).Setup(cmd.Context(), host, port, kind)
 		if err == nil {
 			fmt.Fprint(cmd.OutOrStdout(), text)
 		}
@@ -723,34 +690,12 @@ func doctorCommand() *cobra.Command {
 		if err := cfg.load(); err != nil {
 			return err
 		}
-		p := &parser{cfg: cfg}
-		guests := p.guests(slog.New(slog.DiscardHandler))
-		if p.err != nil {
-			return p.err
-		}
-		return server.Doctor(cmd.Context(), guests, cmd.OutOrStdout())
+		return server.Doctor(cmd.Context(), cfg.guests(slog.New(slog.DiscardHandler)), cmd.OutOrStdout())
 	}
 	return cmd
 }
 
 func versionCommand() *cobra.Command {
 	return &cobra.Command{Use: "version", Short: "Print the version", Args: exactArgs(),
-		Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), "nbd", version()) }}
-}
-
-// version is the module's version, or the commit that was built.
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "devel"
-	}
-	if v := info.Main.Version; v != "" && v != "(devel)" {
-		return strings.TrimPrefix(v, "v")
-	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" && len(s.Value) >= 12 {
-			return "devel-" + s.Value[:12]
-		}
-	}
-	return "devel"
+		Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), "nbd", server.Version()) }}
 }

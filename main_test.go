@@ -83,8 +83,8 @@ func TestReadme(t *testing.T) {
 	for _, table := range [][]setting{serveSettings, guestSettings} {
 		for _, s := range table {
 			value := ""
-			if s.value != "" {
-				value = "`" + s.value + "`"
+			if v := fmt.Sprint(s.value); v != "" {
+				value = "`" + v + "`"
 			}
 			if row := fmt.Sprintf("| `%s` | %s | %s |\n", s.name, value, s.usage); !strings.Contains(string(readme), row) {
 				t.Errorf("README.md lacks %s", row)

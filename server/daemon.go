@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -165,4 +166,21 @@ func (d *Daemon) Status(ctx context.Context) (Status, error) {
 		Store: StoreState{Accounts: stats.Accounts, Paths: stats.Paths, Blobs: stats.Blobs, Bytes: stats.Bytes,
 			FreeDisk: fs.Bavail * uint64(fs.Bsize)},
 	}, nil
+}
+
+// Version is that of the module, or the commit that was built.
+func Version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "devel"
+	}
+	if v := info.Main.Version; v != "" && v != "(devel)" {
+		return strings.TrimPrefix(v, "v")
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" && len(s.Value) >= 12 {
+			return "devel-" + s.Value[:12]
+		}
+	}
+	return "devel"
 }

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -137,4 +138,20 @@ func (s *Setup) SetAddress(listen string) error {
 		return &HintError{errors.New("the server listens on every address, so its name is not known"), "name it with --host"}
 	}
 	return nil
+}
+
+// Setup asks the server for what a client has to be told, and returns the
+// configuration of a kind out of SetupKinds. Host and port are those by which
+// clients reach it; empty ones mean those that it listens on.
+func (c *AdminClient) Setup(ctx context.Context, host, port, kind string) (string, error) {
+	status, err := c.Status(ctx)
+	if err != nil {
+		return "", err
+	}
+	s := Setup{Host: host, Port: port, HostKey: status.HostKey, Systems: status.Systems, Features: status.Features,
+		MaxJobs: status.Queue.Total.Guests}
+	if err := s.SetAddress(status.SSH); err != nil {
+		return "", err
+	}
+	return s.Text(kind)
 }
