@@ -34,6 +34,8 @@ import (
 //	interrupt              SIGTERM to what `background` started, and wait
 //	awaitlog TEXT          wait until the server has logged TEXT
 //	awaitclient TEXT       wait until what `background` started has printed TEXT
+//	rootless               let the server run as an ordinary user
+//	small-state MIB        put the state on a file system of that size
 //	nothing-left           fail unless guests, their files and cgroups are gone
 //
 // Guests need a kernel: NBD_TEST_KERNEL names a package or folder that `nbd
@@ -62,6 +64,7 @@ func TestScripts(t *testing.T) {
 			env.Setenv("NIXDIR", base.nixExpressions)
 			env.Setenv("HOME", env.WorkDir)
 			env.Setenv("DEMO", os.Getenv("NBD_TEST_DEMO"))
+			env.Setenv("KERNEL", os.Getenv("NBD_TEST_KERNEL"))
 			env.Defer(s.end)
 			return base.copyTo(filepath.Join(env.WorkDir, "state"))
 		},
@@ -70,6 +73,7 @@ func TestScripts(t *testing.T) {
 			"account": command((*script).account), "as": command((*script).as),
 			"background": command((*script).background), "interrupt": command((*script).interrupt),
 			"awaitlog": command((*script).awaitLog), "awaitclient": command((*script).awaitClient), "nothing-left": command((*script).nothingLeft),
+			"rootless": command((*script).rootless), "small-state": command((*script).smallState),
 		},
 	})
 }
@@ -105,7 +109,8 @@ func prepareState(t *testing.T) (*preparedState, error) {
 		return nil, errors.New("NBD_TEST_KERNEL names no kernel for guests; run contrib/test, or see there")
 	}
 	dir := t.TempDir()
-	if err := os.Chmod(dir, 0o755); err != nil {
+	// Another user has to reach it, see rootless.
+	if err := errors.Join(os.Chmod(dir, 0o755), os.Chmod(filepath.Dir(dir), 0o755)); err != nil {
 		return nil, err
 	}
 	expressions, err := filepath.Abs("testdata/nix")
@@ -175,6 +180,9 @@ type script struct {
 
 	server *process
 	client *process
+
+	user  *syscall.Credential // of the server; nil is root
+	mount string              // to be unmounted
 }
 
 // A process runs beside the script; its output is kept.
@@ -289,7 +297,8 @@ func (s *script) serve(ts *testscript.TestScript, args []string) error {
 	}
 	args = append([]string{"serve", "--state", ts.Getenv("STATE"), "--ssh-listen", "127.0.0.1:" + s.port, "--min-free", "16"}, args...)
 	cmd := exec.Command(s.base.nbd, args...)
-	cmd.Dir = s.work
+	cmd.Dir = filepath.Dir(ts.Getenv("STATE"))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: s.user}
 	p, err := start(cmd)
 	if err != nil {
 		return err
@@ -321,6 +330,39 @@ func (s *script) end() {
 			}
 		}
 	}
+	if s.mount != "" {
+		if err := syscall.Unmount(s.mount, syscall.MNT_DETACH); err != nil {
+			fmt.Fprintln(os.Stderr, "unmount:", err)
+		}
+	}
+}
+
+// rootless gives the server the user `nobody`, and a state directory that it
+// can reach.
+func (s *script) rootless(ts *testscript.TestScript, _ []string) error {
+	const nobody = 65534
+	s.user = &syscall.Credential{Uid: nobody, Gid: nobody}
+	state := filepath.Join(filepath.Dir(s.base.dir), "rootless", "state")
+	ts.Setenv("STATE", state)
+	if err := os.MkdirAll(filepath.Dir(state), 0o755); err != nil {
+		return err
+	}
+	return errors.Join(
+		output("cp", "-r", s.base.dir, state),
+		output("chown", "-R", fmt.Sprintf("%d:%d", nobody, nobody), filepath.Dir(state)))
+}
+
+// smallState puts the state on a tmpfs.
+func (s *script) smallState(ts *testscript.TestScript, args []string) error {
+	s.mount = filepath.Join(s.work, "small")
+	if err := os.MkdirAll(s.mount, 0o755); err != nil {
+		return err
+	}
+	if err := syscall.Mount("small", s.mount, "tmpfs", 0, "size="+args[0]+"m"); err != nil {
+		return fmt.Errorf("mount a small file system (this needs root): %w", err)
+	}
+	ts.Setenv("STATE", filepath.Join(s.mount, "state"))
+	return nil
 }
 
 func (s *script) account(ts *testscript.TestScript, args []string) error {
@@ -330,11 +372,19 @@ func (s *script) account(ts *testscript.TestScript, args []string) error {
 		{"ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", key},
 		{s.base.nbd, "admin", "--state", ts.Getenv("STATE"), "account", "add", name, "--ssh-key", key + ".pub"},
 	} {
-		if out, err := exec.Command(cmd[0], cmd[1:]...).CombinedOutput(); err != nil {
-			return fmt.Errorf("%s: %w\n%s", cmd, err, out)
+		if err := output(cmd...); err != nil {
+			return err
 		}
 	}
 	return s.writeSSH(ts, name, key)
+}
+
+// output runs a command and tells what it said if it fails.
+func output(cmd ...string) error {
+	if out, err := exec.Command(cmd[0], cmd[1:]...).CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w\n%s", cmd, err, out)
+	}
+	return nil
 }
 
 func (s *script) writeSSH(ts *testscript.TestScript, name, key string) error {
