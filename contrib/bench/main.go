@@ -27,6 +27,9 @@ import (
 
 func main() {
 	log.SetFlags(0)
+	if len(os.Args) > 2 && os.Args[1] == adopt {
+		log.Fatal("bench: ", runAdopting(os.Args[2:]))
+	}
 	quick := flag.Bool("quick", false, "smaller amounts, fewer rounds: to see that it works")
 	only := flag.String("only", "", "only scenarios that match")
 	dir := flag.String("dir", filepath.Join(os.TempDir(), "nbd-bench"), "where everything is kept; emptied first")
