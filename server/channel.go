@@ -140,7 +140,7 @@ func (ss *session) run(req *gossh.Request) {
 	defer ss.server.removeSession(ss)
 	ss.proto = cmd.protocol
 	ss.leases = ss.server.store.NewLease(ss.Client.Account.ID)
-	defer ss.leases.Release()
+	defer func() { ss.leases.Release() }() // of the last lease: a collection begins another
 	ss.Log.Debug("session begins", "proto", cmd.protocol, "key", ss.Client.Fingerprint)
 	if cmd.protocol == serveProtocol {
 		status = serveServe(ss, cmd.write)

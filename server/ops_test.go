@@ -1,9 +1,11 @@
 package server
 
 import (
+	"errors"
 	"testing"
 
 	"nbd/nixproto"
+	"nbd/store"
 )
 
 func TestPlainSelfAddress(t *testing.T) {
@@ -29,5 +31,26 @@ func TestPlainSelfAddress(t *testing.T) {
 		if info.CA != tt.ca {
 			t.Errorf("%s: the record itself was changed", tt.name)
 		}
+	}
+}
+
+// TestCollectionEndsLeases: what a session learns after it collected is kept
+// until the session ends, and no longer.
+func TestCollectionEndsLeases(t *testing.T) {
+	ts := newTestServer(t, nil)
+	p := textPath(t, "kept", "x")
+	ts.upload(ts.account.ID, p)
+	w := ts.worker(ts.alice)
+	w.do(t, &nixproto.CollectGarbage{Action: nixproto.GCReturnDead}, nil)
+	w.do(t, &nixproto.IsValidPath{Path: p.Path}, nil)
+	if _, err := ts.store.Delete(t.Context(), ts.account.ID, p.Path); !errors.Is(err, store.ErrInUse) {
+		t.Errorf("delete while the session is open: %v", err)
+	}
+	if err := w.pipe.Close(); err != nil {
+		t.Fatal(err)
+	}
+	w.pipe.status(t)
+	if _, err := ts.store.Delete(t.Context(), ts.account.ID, p.Path); err != nil {
+		t.Errorf("delete after the session: %v", err)
 	}
 }
