@@ -31,10 +31,11 @@ const maxAdminBody = 1 << 20
 // An Admin answers `nbd admin`: JSON over HTTP on a local socket that only the
 // server's own user and root may use. Every request acts at once.
 type Admin struct {
-	store  *store.Store
-	status func(context.Context) (Status, error)
-	log    *slog.Logger
-	http   http.Server
+	store      *store.Store
+	status     func(context.Context) (Status, error)
+	disconnect func(gone func(*Client) bool)
+	log        *slog.Logger
+	http       http.Server
 }
 
 // A Status is what `nbd admin status` tells. Its JSON form is relied on by
@@ -91,9 +92,10 @@ type NewKeys struct {
 	Permissions []string `json:"permissions"`
 }
 
-// NewAdmin returns an Admin over s; status answers for the rest of the server.
-func NewAdmin(s *store.Store, status func(context.Context) (Status, error), log *slog.Logger) *Admin {
-	a := &Admin{store: s, status: status, log: log}
+// NewAdmin returns an Admin over s; status answers for the rest of the server,
+// and disconnect closes the connections of clients that were removed.
+func NewAdmin(s *store.Store, status func(context.Context) (Status, error), disconnect func(gone func(*Client) bool), log *slog.Logger) *Admin {
+	a := &Admin{store: s, status: status, disconnect: disconnect, log: log}
 	mux := http.NewServeMux()
 	mux.Handle("GET /status", a.handle(a.getStatus))
 	mux.Handle("GET /accounts", a.handle(a.listAccounts))
@@ -269,7 +271,10 @@ func (a *Admin) removeAccount(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return struct{}{}, a.store.RemoveAccount(r.Context(), acc.ID)
+	err = a.store.RemoveAccount(r.Context(), acc.ID)
+	// Also after an error: the account may be gone, and something else be left.
+	a.disconnect(func(c *Client) bool { return c.Account.ID == acc.ID })
+	return struct{}{}, err
 }
 
 func (a *Admin) account(ctx context.Context, name string) (store.Account, error) {
@@ -333,6 +338,9 @@ func (a *Admin) removeKey(r *http.Request) (any, error) {
 	if errors.Is(err, store.ErrNotFound) {
 		return nil, &adminError{Text: fmt.Sprintf("there is no key %q", clip(fingerprint)),
 			Hint: "give the fingerprint, SHA256:…, as `nbd admin key list` prints it"}
+	}
+	if err == nil {
+		a.disconnect(func(c *Client) bool { return c.Fingerprint == fingerprint })
 	}
 	return struct{}{}, err
 }

@@ -75,15 +75,21 @@ func (a *authenticator) known(ctx ssh.Context, key ssh.PublicKey) bool {
 	return err == nil
 }
 
-// verified names the client whose signature by key was just verified. The
-// permissions it returns are the connection's own: what was offered before, and
-// not used, leaves no trace in them.
-func (a *authenticator) verified(_ gossh.ConnMetadata, key gossh.PublicKey, _ *gossh.Permissions, _ string) (*gossh.Permissions, error) {
-	account, k, err := a.accounts.AccountByKey(context.Background(), key.Marshal())
+// verified names the client whose signature by key was just verified, and
+// calls found with it. The permissions it returns are the connection's own:
+// what was offered before, and not used, leaves no trace in them.
+func (a *authenticator) verified(key gossh.PublicKey, found func(*Client)) (*gossh.Permissions, error) {
+	ctx, wire := context.Background(), key.Marshal()
+	account, k, err := a.accounts.AccountByKey(ctx, wire)
 	if err != nil {
 		return nil, err
 	}
 	c := &Client{Account: account, Fingerprint: k.Fingerprint, Permissions: k.Permissions}
+	found(c)
+	// Who removed the key closed the connections that found knew then.
+	if _, _, err := a.accounts.AccountByKey(ctx, wire); err != nil {
+		return nil, err
+	}
 	return &gossh.Permissions{ExtraData: map[any]any{clientExtra{}: c}}, nil
 }
 

@@ -63,10 +63,12 @@ func (s *Server) sshServer() *ssh.Server {
 		},
 		ServerConfigCallback: func(ctx ssh.Context) *gossh.ServerConfig {
 			return &gossh.ServerConfig{
-				Config:                    gossh.Config{Ciphers: s.cfg.Ciphers},
-				MaxAuthTries:              maxAuthTries,
-				PublicKeyAuthAlgorithms:   keyAlgorithms,
-				VerifiedPublicKeyCallback: s.auth.verified,
+				Config:                  gossh.Config{Ciphers: s.cfg.Ciphers},
+				MaxAuthTries:            maxAuthTries,
+				PublicKeyAuthAlgorithms: keyAlgorithms,
+				VerifiedPublicKeyCallback: func(_ gossh.ConnMetadata, key gossh.PublicKey, _ *gossh.Permissions, _ string) (*gossh.Permissions, error) {
+					return s.auth.verified(key, ctx.Value(connKey{}).(*conn).is)
+				},
 				AuthLogCallback: func(_ gossh.ConnMetadata, _ string, err error) {
 					if err == nil {
 						ctx.Value(connKey{}).(*conn).authenticated()
@@ -163,6 +165,7 @@ type conn struct {
 	ping     *time.Timer // from authentication on
 	asking   bool        // a keep-alive waits for its answer
 	sessions int         // open ones
+	client   *Client     // who it is; nil before its signature was verified
 }
 
 // SetDeadline does nothing: gliderlabs/ssh would lift deadlines at each read
@@ -210,6 +213,30 @@ func (c *conn) authenticated() {
 	c.leaveGateLocked()
 	if c.ping == nil && !c.ended {
 		c.ping = time.AfterFunc(c.server.cfg.KeepAlive, c.keepAlive)
+	}
+}
+
+// is notes who the client is.
+func (c *conn) is(client *Client) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.client = client
+}
+
+// Disconnect closes the connections of the clients that gone names, such as
+// those whose key was removed. Their sessions end, and nobody waits for their
+// builds any more.
+func (s *Server) Disconnect(gone func(*Client) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.conns {
+		c.mu.Lock()
+		client := c.client
+		c.mu.Unlock()
+		if client != nil && gone(client) {
+			s.log.Info("connection closed: its key was removed", "client", client.Account.Name, "key", client.Fingerprint)
+			c.abort()
+		}
 	}
 }
 
