@@ -135,7 +135,10 @@ func (d *Daemon) Serve(l net.Listener) error {
 
 // Drain takes no new builds and waits for the running ones until ctx ends.
 func (d *Daemon) Drain(ctx context.Context) error {
-	return errors.Join(d.server.Drain(ctx), d.builds.Drain(ctx))
+	builds := make(chan error, 1)
+	// At once: a session that builds a graph would go on to start builds.
+	go func() { builds <- d.builds.Drain(ctx) }()
+	return errors.Join(d.server.Drain(ctx), <-builds)
 }
 
 // Close ends everything and returns when it has ended.

@@ -214,6 +214,38 @@ func TestGraphCancelled(t *testing.T) {
 }
 
 // Ten layers of a hundred, each derivation with five inputs in the layer below.
+// TestGraphWhileDraining: what runs may end and is answered; nothing new starts.
+func TestGraphWhileDraining(t *testing.T) {
+	bt := newBuildTest(t, nil)
+	chain, beside := bt.chain("c", 2), bt.chain("beside", 1)
+	begun, finish := make(chan struct{}, 2), make(chan struct{})
+	for _, name := range []string{"c-0", "beside-0"} {
+		bt.runner.act(name, func(f *fakeRun) error {
+			begun <- struct{}{}
+			<-finish
+			return errors.Join(f.ctx.Err(), f.writeContent())
+		})
+	}
+	drained := make(chan error, 1)
+	go func() {
+		<-begun
+		<-begun
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		drained <- bt.Drain(ctx)
+		close(finish)
+	}()
+	rs, _ := bt.paths(nixproto.BuildNormal, all(chain[1]), all(beside[0]))
+	if err := <-drained; !errors.Is(err, context.Canceled) {
+		t.Errorf("Drain: %v", err)
+	}
+	wantError(t, &rs[0].BuildResult, nixproto.TransientFailure, "shutting down")
+	wantStatus(t, &rs[1].BuildResult, nixproto.Built)
+	if n := bt.runner.count("c-1"); n != 0 {
+		t.Error("a build was started while the server drained")
+	}
+}
+
 func TestGraphOfAThousand(t *testing.T) {
 	bt := newBuildTest(t, func(c *BuildsConfig) { c.Room.Guests = 32 })
 	const layers, width = 10, 100

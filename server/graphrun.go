@@ -3,6 +3,7 @@ package server
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -181,6 +182,9 @@ func (g *graph) buildNode(ctx context.Context, n *node, log LogSink) (*nixproto.
 		return failed(nixproto.InputRejected, refusef("cannot build '%s': %v", n.path, err)), nil
 	}
 	result, err := g.b.build(ctx, g.s, j, log)
+	if errors.Is(err, errEnding) { // the others, which run already, go on
+		return failed(nixproto.TransientFailure, fmt.Errorf("cannot build '%s': %w", n.path, err)), nil
+	}
 	if err != nil || result.Status != nixproto.AlreadyValid || j.resolved.IsZero() || !floats(n.drv) {
 		return result, err
 	}
