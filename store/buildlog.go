@@ -27,6 +27,7 @@ type BuildLog struct {
 	id   BuildID
 	f    *os.File
 	path string // without ".zst"
+	left int64  // bytes that may be written before the next look at what is free
 
 	mu      sync.Mutex
 	size    int64
@@ -43,7 +44,7 @@ func (s *Store) logPath(id BuildID) string {
 // CreateBuildLog begins the log of a build. There is one log for a build:
 // another is ErrExists. The caller closes it.
 func (s *Store) CreateBuildLog(ctx context.Context, id BuildID) (*BuildLog, error) {
-	l := &BuildLog{s: s, id: id, path: s.logPath(id), more: make(chan struct{})}
+	l := &BuildLog{s: s, id: id, path: s.logPath(id), left: logStride, more: make(chan struct{})}
 	s.logs.mu.Lock()
 	defer s.logs.mu.Unlock()
 	if err := l.create(); err != nil {
@@ -71,8 +72,20 @@ func (l *BuildLog) create() error {
 	return err
 }
 
+// logStride is how much of a log is written between looks at what is free on
+// the disk.
+const logStride = 1 << 20
+
 // Write appends to the log. Readers see it at once; it is durable after Close.
+// Like an upload a log leaves Config.MinFree of the disk free; else the error
+// is ErrNoSpace.
 func (l *BuildLog) Write(p []byte) (int, error) {
+	if l.left -= int64(len(p)); l.left < 0 {
+		if err := l.s.room(int64(len(p))); err != nil {
+			return 0, fmt.Errorf("write log of build %d: %w", l.id, err)
+		}
+		l.left = logStride
+	}
 	n, err := l.f.Write(p)
 	l.mu.Lock()
 	l.size += int64(n)

@@ -192,3 +192,32 @@ func TestBuildLogCancelled(t *testing.T) {
 		t.Errorf("%d, %v", n, err)
 	}
 }
+
+// TestBuildLogLeavesRoom: a builder that prints for ever does not fill the disk.
+func TestBuildLogLeavesRoom(t *testing.T) {
+	s := storetest.OpenDir(t, t.TempDir(), store.Config{MinFree: 1 << 60})
+	l, err := s.CreateBuildLog(ctx, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	line, n := bytes.Repeat([]byte("y\n"), 32<<10), 0
+	for err == nil && n < 16<<20 {
+		var k int
+		k, err = l.Write(line)
+		n += k
+	}
+	if !errors.Is(err, store.ErrNoSpace) || n == 0 {
+		t.Errorf("after %d bytes: %v", n, err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r, err := s.OpenBuildLog(ctx, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if got, err := io.ReadAll(r); err != nil || len(got) != n {
+		t.Errorf("the log has %d bytes of %d, %v", len(got), n, err)
+	}
+}
