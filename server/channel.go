@@ -202,6 +202,9 @@ func (ss *session) begin() bool {
 // finish marks the end of a request; it reports false if the server takes no
 // more.
 func (ss *session) finish() bool {
+	if err := ss.leases.Shrink(ss.ctx); err != nil {
+		ss.Log.Warn("cannot shrink the session's lease", "err", err)
+	}
 	ss.server.mu.Lock()
 	defer ss.server.mu.Unlock()
 	ss.busy = false

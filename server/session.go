@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"log/slog"
 
 	"nbd/nixproto"
@@ -33,6 +34,7 @@ type Session struct {
 // (*store.Lease). Its methods may be called concurrently.
 type leases interface {
 	Add(paths ...nixproto.StorePath)
+	Shrink(ctx context.Context) error
 	Release()
 }
 

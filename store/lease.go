@@ -1,6 +1,9 @@
 package store
 
 import (
+	"context"
+	"maps"
+	"slices"
 	"sync"
 
 	"nbd/nixproto"
@@ -20,16 +23,18 @@ type leases struct {
 // A Lease keeps paths, with their closures, from deletion and collection until
 // Release. Its methods are safe for concurrent use.
 type Lease struct {
+	s       *Store
 	leases  *leases
 	account AccountID
 
 	mu    sync.Mutex
 	paths map[nixproto.StorePath]bool // nil after Release
+	full  int                         // number of paths from which on Shrink looks at them
 }
 
 // NewLease returns an empty lease on paths of the account's view.
 func (s *Store) NewLease(a AccountID) *Lease {
-	return &Lease{leases: &s.leases, account: a, paths: make(map[nixproto.StorePath]bool)}
+	return &Lease{s: s, leases: &s.leases, account: a, paths: make(map[nixproto.StorePath]bool), full: leaseSlack}
 }
 
 // Add puts paths under the lease. They need not be valid: to be sure of a path,
@@ -56,18 +61,71 @@ func (l *Lease) Add(paths ...nixproto.StorePath) {
 	}
 }
 
-// Release ends the lease.
-func (l *Lease) Release() {
+// leaseSlack is how many paths a lease holds before Shrink looks whether they
+// are there.
+const leaseSlack = 16 << 10
+
+// Shrink drops paths that are not in the view, once the lease has become twice
+// as large as the last call left it. It bounds what somebody can make a long
+// lease hold who asks for ever more paths that are not there. It is called when
+// nobody relies on paths that were added before they are valid.
+func (l *Lease) Shrink(ctx context.Context) error {
+	paths := l.overfull()
+	if len(paths) == 0 {
+		return nil
+	}
+	valid, err := l.s.Valid(ctx, l.account, paths)
+	if err != nil {
+		return err
+	}
+	gone := make(map[nixproto.StorePath]bool, len(paths)-len(valid))
+	for _, p := range paths {
+		gone[p] = true
+	}
+	for _, p := range valid {
+		delete(gone, p)
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.paths == nil {
+		return nil
+	}
+	l.dropLocked(gone)
+	l.full = max(leaseSlack, 2*len(l.paths))
+	return nil
+}
+
+// overfull returns the paths of a lease that Shrink is to look at.
+func (l *Lease) overfull() []nixproto.StorePath {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.paths) < l.full {
+		return nil
+	}
+	return slices.Collect(maps.Keys(l.paths))
+}
+
+// dropLocked takes paths out of the lease.
+func (l *Lease) dropLocked(paths map[nixproto.StorePath]bool) {
 	l.leases.mu.Lock()
 	defer l.leases.mu.Unlock()
-	for p := range l.paths {
+	for p := range paths {
+		if !l.paths[p] {
+			continue
+		}
+		delete(l.paths, p)
 		k := viewPath{l.account, p}
 		if l.leases.count[k]--; l.leases.count[k] <= 0 {
 			delete(l.leases.count, k)
 		}
 	}
+}
+
+// Release ends the lease.
+func (l *Lease) Release() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.dropLocked(l.paths)
 	l.paths = nil
 }
 
