@@ -156,16 +156,38 @@ func (e *shortUpload) Error() string {
 
 func (e *shortUpload) Unwrap() error { return io.ErrUnexpectedEOF }
 
+// maxBurst is how many paths become valid at once: what is known of each is in
+// memory until then.
+const maxBurst = 16 << 10
+
 // addMultipleToStore takes the paths of one burst. If the connection breaks, the
 // paths that arrived whole are kept: the client will not have to bring them
 // again.
 func (w *worker) addMultipleToStore(q *nixproto.AddMultipleToStore, stream *nixproto.FramedReader) error {
+	n := stream.Uint64()
+	for {
+		part := min(n, maxBurst)
+		if err := w.addBurst(q, stream, part, part == n); err != nil {
+			return err
+		}
+		if n -= part; n == 0 {
+			return nil
+		}
+	}
+}
+
+// addBurst takes the next n paths, and the end of the stream after the last.
+func (w *worker) addBurst(q *nixproto.AddMultipleToStore, stream *nixproto.FramedReader, n uint64, last bool) error {
 	up, err := w.newUpload(q.Repair)
 	if err != nil {
 		return err
 	}
 	defer up.Abort()
-	if err := w.addEach(up, stream); err != nil {
+	err = w.addEach(up, stream, n)
+	if err == nil && last {
+		err = stream.Finish()
+	}
+	if err != nil {
 		if w.r.Err() != nil {
 			err = errors.Join(err, up.Commit())
 		}
@@ -174,10 +196,9 @@ func (w *worker) addMultipleToStore(q *nixproto.AddMultipleToStore, stream *nixp
 	return up.Commit()
 }
 
-// addEach reads the paths of a burst.
-func (w *worker) addEach(up *store.Upload, stream *nixproto.FramedReader) error {
-	n := stream.Uint64()
-	for i := uint64(0); i < n && stream.Err() == nil; i++ {
+// addEach reads n paths of a burst.
+func (w *worker) addEach(up *store.Upload, stream *nixproto.FramedReader, n uint64) error {
+	for range n {
 		info, err := nixproto.ReadPathInfo(&stream.Reader)
 		if err != nil {
 			return err
@@ -186,7 +207,7 @@ func (w *worker) addEach(up *store.Upload, stream *nixproto.FramedReader) error 
 			return err
 		}
 	}
-	return stream.Finish()
+	return stream.Err()
 }
 
 func (w *worker) addToStoreNar(q *nixproto.AddToStoreNar, stream *nixproto.FramedReader) error {

@@ -78,6 +78,7 @@ func orderBuild(spec *Spec, lookup derivationLookup) (*link.BuildOrder, error) {
 		System:       drv.System,
 		Builder:      drv.Builder,
 		KVM:          opts.kvm,
+		CPUs:         spec.Cores,
 		MemoryMiB:    spec.MemoryMiB,
 		MaxProcesses: maxProcesses(spec.Cores),
 	}

@@ -114,7 +114,7 @@ func blockDevice(node string) string {
 
 // kernelParameters returns the command line of the guest's kernel. It brings up
 // all processors, since under emulation each costs a clone three quarters of a
-// second the first time; the agent takes those away that a build is not given.
+// second the first time; a cpuset keeps a build from those it is not given.
 func kernelParameters(m machine) string {
 	p := []string{"quiet", "panic=-1", "console=ttyS0", "cryptomgr.notests"}
 	if m.accel == "tcg" {

@@ -294,7 +294,7 @@ func (r *Runner) bootOnce(ctx context.Context, p *platform, accel string) (err e
 	}
 	disks := emptyDisks()
 	defer disks.sink.Close()
-	g, err := r.cold(ctx, p, m, disks, 1, m.memoryMiB+overheadMiB)
+	g, err := r.cold(ctx, p, m, disks, m.memoryMiB+overheadMiB)
 	if err != nil {
 		return err
 	}

@@ -118,7 +118,7 @@ func (b *build) start(ctx context.Context, outs Outputs) error {
 func (r *Runner) startGuest(ctx context.Context, p *platform, m machine, disks guestDisks, spec *Spec) (*guestVM, error) {
 	limit := MemoryCostMiB(spec.MemoryMiB)
 	if r.cfg.ColdBoot {
-		return r.cold(ctx, p, m, disks, spec.Cores, limit)
+		return r.cold(ctx, p, m, disks, limit)
 	}
 	id := p.templateID(m)
 	t, err := r.templates.get(ctx, id, func() (*template, error) {
@@ -132,7 +132,7 @@ func (r *Runner) startGuest(ctx context.Context, p *platform, m machine, disks g
 	})
 	if err == nil {
 		defer t.release()
-		g, err := r.clone(ctx, p, m, t, disks, spec.Cores, limit)
+		g, err := r.clone(ctx, p, m, t, disks, limit)
 		if err == nil {
 			g.restored = true
 			return g, nil
@@ -147,7 +147,7 @@ func (r *Runner) startGuest(ctx context.Context, p *platform, m machine, disks g
 	} else {
 		r.cfg.Logger.Warn("no guest template, booting from cold", "build", spec.BuildID, "err", err)
 	}
-	return r.cold(ctx, p, m, disks, spec.Cores, limit)
+	return r.cold(ctx, p, m, disks, limit)
 }
 
 // createOutput starts the i-th output.

@@ -128,22 +128,29 @@ func shellSpec(id, script string, blobs memBlobs, input *tree, t testing.TB) *Sp
 	}
 }
 
-// guestProcesses returns how many QEMUs this process has.
-func guestProcesses(t *testing.T) int {
-	t.Helper()
+// guestPIDs returns the process ids of the QEMUs that this process has.
+func guestPIDs(t testing.TB) []int {
 	dirs, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
-		t.Fatal(err)
+		t.Error(err)
 	}
-	n := 0
+	var pids []int
 	for _, d := range dirs {
 		stat, err := os.ReadFile(d)
-		if err == nil && bytes.Contains(stat, []byte("(qemu-system")) && bytes.Contains(stat, fmt.Appendf(nil, ") S %d ", os.Getpid())) {
-			n++
+		if err != nil || !bytes.Contains(stat, []byte("(qemu-system")) {
+			continue
+		}
+		var pid, parent int
+		var name, state string
+		if _, err := fmt.Sscan(string(stat), &pid, &name, &state, &parent); err == nil && parent == os.Getpid() && state != "Z" {
+			pids = append(pids, pid)
 		}
 	}
-	return n
+	return pids
 }
+
+// guestProcesses returns how many QEMUs this process has.
+func guestProcesses(t testing.TB) int { return len(guestPIDs(t)) }
 
 func TestRun(t *testing.T) {
 	blobs := memBlobs{}
@@ -406,20 +413,8 @@ func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 // killGuests kills this process's QEMUs, as the kernel does when memory is
 // short.
 func killGuests(t *testing.T) {
-	dirs, err := filepath.Glob("/proc/[0-9]*/stat")
-	if err != nil {
-		t.Error(err)
-	}
-	for _, d := range dirs {
-		stat, err := os.ReadFile(d)
-		if err != nil || !bytes.Contains(stat, []byte("(qemu-system")) {
-			continue
-		}
-		var pid, parent int
-		var name, state string
-		if _, err := fmt.Sscan(string(stat), &pid, &name, &state, &parent); err == nil && parent == os.Getpid() {
-			syscall.Kill(pid, syscall.SIGKILL)
-		}
+	for _, pid := range guestPIDs(t) {
+		syscall.Kill(pid, syscall.SIGKILL)
 	}
 }
 

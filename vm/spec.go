@@ -25,7 +25,7 @@ type Spec struct {
 	Inputs []nixproto.PathInfo
 	// Outputs in the order in which the guest sends them.
 	Outputs []Output
-	// Cores is the number of CPUs the guest brings up, at least 1.
+	// Cores is the number of CPUs that the build may use, at least 1.
 	Cores int
 	// MemoryMiB is the most memory the build's cgroup may use, page cache
 	// included; what a guest takes beside it is in MemoryCostMiB.

@@ -225,10 +225,10 @@ func (g *guestVM) hello(ctx context.Context) (*link.Hello, error) {
 }
 
 // wake gives the guest what it must not share with its siblings.
-func (g *guestVM) wake(ctx context.Context, cpus int) error {
+func (g *guestVM) wake(ctx context.Context) error {
 	ctx, stop := g.within(ctx, bootPatience, "the guest did not wake in time")
 	defer stop()
-	w := &link.Wake{Entropy: make([]byte, link.MinEntropy), CPUs: cpus}
+	w := &link.Wake{Entropy: make([]byte, link.MinEntropy)}
 	rand.Read(w.Entropy)
 	w.Time = time.Now().UnixNano()
 	if err := g.ctl.Send(w); err != nil {

@@ -173,7 +173,7 @@ func (r *Runner) makeTemplate(ctx context.Context, p *platform, m machine) (*tem
 	if err != nil {
 		return nil, fmt.Errorf("make template: %w", err)
 	}
-	g, err := r.clone(ctx, p, m, t, emptyDisks(), 1, m.memoryMiB+overheadMiB)
+	g, err := r.clone(ctx, p, m, t, emptyDisks(), m.memoryMiB+overheadMiB)
 	if err != nil {
 		t.release()
 		return nil, fmt.Errorf("prove template: %w", err)
@@ -234,7 +234,7 @@ func (g *guestVM) save(ctx context.Context, state *os.File) error {
 }
 
 // clone starts a guest from a template and wakes it.
-func (r *Runner) clone(ctx context.Context, p *platform, m machine, t *template, disks guestDisks, cpus, limitMiB int) (*guestVM, error) {
+func (r *Runner) clone(ctx context.Context, p *platform, m machine, t *template, disks guestDisks, limitMiB int) (*guestVM, error) {
 	ram, err := memfd("nbd-guest", int64(m.memoryMiB)<<20)
 	if err != nil {
 		return nil, err
@@ -256,7 +256,7 @@ func (r *Runner) clone(ctx context.Context, p *platform, m machine, t *template,
 	if err := g.restore(ctx, state); err != nil {
 		return nil, errors.Join(err, g.close())
 	}
-	if err := g.wake(ctx, cpus); err != nil {
+	if err := g.wake(ctx); err != nil {
 		return nil, errors.Join(err, g.close())
 	}
 	return g, nil
@@ -303,7 +303,7 @@ func copyRange(to *os.File, from int, off, n int64) error {
 }
 
 // cold boots a guest and wakes it.
-func (r *Runner) cold(ctx context.Context, p *platform, m machine, disks guestDisks, cpus, limitMiB int) (*guestVM, error) {
+func (r *Runner) cold(ctx context.Context, p *platform, m machine, disks guestDisks, limitMiB int) (*guestVM, error) {
 	ram, err := memfd("nbd-guest", int64(m.memoryMiB)<<20)
 	if err != nil {
 		return nil, err
@@ -316,7 +316,7 @@ func (r *Runner) cold(ctx context.Context, p *platform, m machine, disks guestDi
 	if _, err := g.hello(ctx); err != nil {
 		return nil, errors.Join(err, g.close())
 	}
-	if err := g.wake(ctx, cpus); err != nil {
+	if err := g.wake(ctx); err != nil {
 		return nil, errors.Join(err, g.close())
 	}
 	return g, nil

@@ -13,8 +13,8 @@
 //     booted once and was saved just after its agent said hello. It gets a copy
 //     of the template's memory and state. When that fails the template is dropped
 //     and the guest boots from cold.
-//  4. Clones wake as twins. The host sends entropy, the time and the number of
-//     CPUs to bring up; the agent refuses work before.
+//  4. Clones wake as twins. The host sends entropy and the time; the agent refuses
+//     work before.
 //  5. The host sends the build order. The log arrives on a port of its own, the
 //     outputs in the sink, and what became of the build on the control port.
 //  6. QEMU is killed, never asked. Its files have no names; its cgroup is removed

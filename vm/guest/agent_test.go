@@ -71,7 +71,7 @@ func TestBuildFailureIsInternal(t *testing.T) {
 		{err, true, link.Result{Kind: link.Cancelled}},
 		{refused("file %d", 1), false, link.Result{Kind: link.OutputRefused, Message: "file 1"}},
 	} {
-		b := newBuild(order, nil, nil)
+		b := newBuild(nil, order, nil, nil)
 		if tt.cancel {
 			b.cancel()
 		}
@@ -157,7 +157,7 @@ func TestUsage(t *testing.T) {
 	} {
 		must(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644))
 	}
-	c := &cgroup{dir}
+	c := &cgroup{dir: dir}
 	want := usage{cpuUser: 2 * time.Second, cpuSystem: 1500 * time.Millisecond, oomKills: 3, processLimit: 5}
 	got, err := c.usage()
 	must(t, err)
@@ -179,7 +179,7 @@ func TestUsage(t *testing.T) {
 // cgroup that has met its limit already, and of one that never does.
 func TestProcessLimit(t *testing.T) {
 	for text, want := range map[string]int{"max 0\n": 0, "max 2\n": 1} {
-		c := &cgroup{t.TempDir()}
+		c := &cgroup{dir: t.TempDir()}
 		must(t, os.WriteFile(filepath.Join(c.dir, "pids.events"), []byte(text), 0o644))
 		calls := make(chan struct{}, 10)
 		stop, err := c.onProcessLimit(func() { calls <- struct{}{} })

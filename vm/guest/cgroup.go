@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -18,31 +19,52 @@ import (
 const reservedMemory = 64 << 20
 
 // A cgroup bounds all processes of a build and counts what they use.
-type cgroup struct{ dir string }
+type cgroup struct {
+	dir string
+	// before is the CPU time used before the build began.
+	before usage
+}
 
 // newCgroup makes the build's group below root, the mount point of cgroup v2.
-// A limit of 0 is none.
-func newCgroup(root string, memory int64, processes int) (*cgroup, error) {
-	if err := os.WriteFile(filepath.Join(root, "cgroup.subtree_control"), []byte("+memory +pids +cpu"), 0); err != nil {
+func newCgroup(root string) (*cgroup, error) {
+	c := &cgroup{dir: filepath.Join(root, "build")}
+	err := os.WriteFile(filepath.Join(root, "cgroup.subtree_control"), []byte("+memory +pids +cpu +cpuset"), 0)
+	if err == nil {
+		err = os.Mkdir(c.dir, 0o755)
+	}
+	if err == nil {
+		err = c.set("memory.oom.group", "1")
+	}
+	if err != nil {
 		return nil, fmt.Errorf("make cgroup: %w", err)
 	}
-	c := &cgroup{filepath.Join(root, "build")}
-	if err := os.Mkdir(c.dir, 0o755); err != nil {
-		return nil, fmt.Errorf("make cgroup: %w", err)
-	}
-	limits := [][2]string{{"memory.oom.group", "1"}}
+	return c, nil
+}
+
+// begin bounds the group for a build: memory in bytes, the number of processes,
+// and that of processors, of which the build gets the first ones. A bound of 0
+// is none.
+func (c *cgroup) begin(memory int64, processes, cpus int) error {
+	limits := [][2]string{}
 	if memory > 0 {
 		limits = append(limits, [2]string{"memory.max", strconv.FormatInt(memory, 10)})
 	}
 	if processes > 0 {
 		limits = append(limits, [2]string{"pids.max", strconv.Itoa(processes)})
 	}
+	if 0 < cpus && cpus < runtime.NumCPU() {
+		limits = append(limits, [2]string{"cpuset.cpus", fmt.Sprintf("0-%d", cpus-1)})
+	}
 	for _, l := range limits {
-		if err := os.WriteFile(filepath.Join(c.dir, l[0]), []byte(l[1]), 0); err != nil {
-			return nil, fmt.Errorf("make cgroup: %w", err)
+		if err := c.set(l[0], l[1]); err != nil {
+			return fmt.Errorf("bound cgroup: %w", err)
 		}
 	}
-	return c, nil
+	return c.readCPU(&c.before)
+}
+
+func (c *cgroup) set(name, value string) error {
+	return os.WriteFile(filepath.Join(c.dir, name), []byte(value), 0)
 }
 
 // open returns the group's directory, for clone3.
@@ -155,12 +177,11 @@ type usage struct {
 
 func (c *cgroup) usage() (usage, error) {
 	var u usage
-	cpu, err := c.counts("cpu.stat")
-	if err != nil {
+	if err := c.readCPU(&u); err != nil {
 		return u, err
 	}
-	u.cpuUser = time.Duration(cpu["user_usec"]) * time.Microsecond
-	u.cpuSystem = time.Duration(cpu["system_usec"]) * time.Microsecond
+	// The kernel splits the time anew at each look.
+	u.cpuUser, u.cpuSystem = max(0, u.cpuUser-c.before.cpuUser), max(0, u.cpuSystem-c.before.cpuSystem)
 	memory, err := c.counts("memory.events")
 	if err != nil {
 		return u, err
@@ -180,6 +201,17 @@ func (c *cgroup) usage() (usage, error) {
 	}
 	u.peakMemory, err = strconv.ParseInt(strings.TrimSpace(string(peak)), 10, 64)
 	return u, err
+}
+
+// readCPU fills in how much time all processors together have spent.
+func (c *cgroup) readCPU(u *usage) error {
+	cpu, err := c.counts("cpu.stat")
+	if err != nil {
+		return err
+	}
+	u.cpuUser = time.Duration(cpu["user_usec"]) * time.Microsecond
+	u.cpuSystem = time.Duration(cpu["system_usec"]) * time.Microsecond
+	return nil
 }
 
 // counts reads a file of lines "name number".

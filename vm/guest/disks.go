@@ -55,24 +55,16 @@ func flushDisk(dev string) error {
 }
 
 // mountDisks mounts the scratch disk and, if there are any inputs, theirs.
-func mountDisks(inputs bool) error {
-	scratch, err := findDisk(link.ScratchSerial)
-	if err != nil {
-		return err
-	}
+func (k *kit) mountDisks(inputs bool) error {
 	// The disk is thrown away with the guest: nothing is worth waiting for it,
 	// nor the tables of block groups that are never used.
-	if err := mountDisk(scratch, scratchDir, "ext4", 0, "nobarrier,noinit_itable"); err != nil {
+	if err := mountDisk(k.disks[link.ScratchSerial], scratchDir, "ext4", 0, "nobarrier,noinit_itable"); err != nil {
 		return err
 	}
 	if !inputs {
 		return nil
 	}
-	in, err := findDisk(link.InputSerial)
-	if err != nil {
-		return err
-	}
-	return mountDisk(in, inputDir, "erofs", unix.MS_RDONLY, "")
+	return mountDisk(k.disks[link.InputSerial], inputDir, "erofs", unix.MS_RDONLY, "")
 }
 
 func mountDisk(dev, target, fstype string, flags uintptr, data string) error {

@@ -66,6 +66,9 @@ func run() error {
 		return err
 	}
 	a := &agent{conn: link.Guest(ctl), log: log}
+	if a.kit, err = newKit(); err != nil {
+		return fmt.Errorf("prepare for a build: %w", err)
+	}
 	if err := a.hello(); err != nil {
 		return err
 	}
@@ -76,6 +79,7 @@ func run() error {
 type agent struct {
 	conn *link.Conn
 	log  *port
+	kit  *kit
 
 	// The fields below belong to serve's goroutine.
 	awake bool
@@ -125,7 +129,7 @@ func (a *agent) handle(m link.Message) error {
 		if a.build != nil {
 			return errors.New("second build ordered")
 		}
-		a.build = newBuild(m, a.conn, a.log)
+		a.build = newBuild(a.kit, m, a.conn, a.log)
 		go a.runBuild(a.build)
 		return nil
 	case *link.Cancel:

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,8 +20,11 @@ import (
 // The descriptors of the sandbox's first process besides the standard ones.
 const (
 	fdPlan   = 3 // reads a plan
-	fdStatus = 4 // says what went wrong; closed by the execve of the builder
+	fdStatus = 4 // says statusReady, then what went wrong; closed by the execve of the builder
 )
+
+// statusReady says that the first process waits for its plan.
+const statusReady = "ready\n"
 
 // A plan is what the first process needs to know.
 type plan struct {
@@ -50,7 +54,8 @@ func sandboxCommand(out, planReader, status, cgroupDir *os.File) *exec.Cmd {
 		Stderr:     out,
 		ExtraFiles: []*os.File{planReader, status},
 		SysProcAttr: &syscall.SysProcAttr{
-			Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWPID |
+			// A mount namespace follows with the plan: it must know the disks.
+			Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWPID |
 				unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
 			UidMappings: []syscall.SysProcIDMap{{ContainerID: builderUID, HostID: builderUID, Size: 1}},
 			GidMappings: []syscall.SysProcIDMap{{ContainerID: builderGID, HostID: builderGID, Size: 1}},
@@ -73,36 +78,31 @@ func Sandbox() {
 	// that calls execve the one whose are kept.
 	runtime.LockOSThread()
 	status := os.NewFile(fdStatus, "status")
-	plan, err := prepare()
+	err := prepare()
 	if err == nil {
-		err = plan.enter()
+		_, err = io.WriteString(status, statusReady)
 	}
-	if err != nil {
-		fmt.Fprint(status, err)
-		os.Exit(1)
+	var p *plan
+	if err == nil {
+		p, err = readPlan()
 	}
-	if err := plan.become(); err != nil {
-		fmt.Fprint(status, err)
+	if err == nil {
+		err = p.enter()
 	}
+	if err == nil {
+		err = p.become()
+	}
+	fmt.Fprint(status, err)
 	os.Exit(1)
 }
 
-// prepare reads the plan. The builder inherits no descriptor but the standard
-// ones.
-func prepare() (*plan, error) {
+// prepare does what needs no plan, before a template is saved: so nothing in it
+// may depend on randomness or time. The builder inherits no descriptor but the
+// standard ones.
+func prepare() error {
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		return nil, fmt.Errorf("close descriptors: %w", err)
+		return fmt.Errorf("close descriptors: %w", err)
 	}
-	var p plan
-	r := os.NewFile(fdPlan, "plan")
-	if err := errors.Join(json.NewDecoder(r).Decode(&p), r.Close()); err != nil {
-		return nil, fmt.Errorf("read plan: %w", err)
-	}
-	return &p, nil
-}
-
-// enter puts the sandbox together and makes it the process's world.
-func (p *plan) enter() error {
 	// Of what the agent protects itself with, the builder has nothing.
 	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("0"), 0); err != nil {
 		return fmt.Errorf("reset oom score: %w", err)
@@ -115,6 +115,23 @@ func (p *plan) enter() error {
 	}
 	if err := unix.Setdomainname([]byte("(none)")); err != nil {
 		return fmt.Errorf("set domain name: %w", err)
+	}
+	return nil
+}
+
+func readPlan() (*plan, error) {
+	var p plan
+	r := os.NewFile(fdPlan, "plan")
+	if err := errors.Join(json.NewDecoder(r).Decode(&p), r.Close()); err != nil {
+		return nil, fmt.Errorf("read plan: %w", err)
+	}
+	return &p, nil
+}
+
+// enter puts the sandbox together and makes it the process's world.
+func (p *plan) enter() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("make mount namespace: %w", err)
 	}
 	if err := p.mount(); err != nil {
 		return err

@@ -106,7 +106,7 @@ func (l *lab) runOrder(ctx context.Context) (*link.Result, string) {
 	var log bytes.Buffer
 	started := 0
 	r := &link.Result{}
-	err = runSandbox(ctx, st, l.order, nil, &log, func() error { started++; return nil }, r)
+	err = newTestSandbox(l.t).run(ctx, st, l.order, &log, func() error { started++; return nil }, r)
 	if err != nil {
 		l.t.Fatalf("%v\nlog: %s", err, log.String())
 	}
@@ -117,6 +117,16 @@ func (l *lab) runOrder(ctx context.Context) (*link.Result, string) {
 		l.t.Errorf("LogBytes is %d, not %d", r.LogBytes, log.Len())
 	}
 	return r, log.String()
+}
+
+// newTestSandbox returns a sandbox without a cgroup.
+func newTestSandbox(t *testing.T) *sandbox {
+	t.Helper()
+	s, err := newSandbox(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
 }
 
 // out returns a file of the output.
@@ -298,7 +308,7 @@ func TestSandboxThatCannotBeMade(t *testing.T) {
 	}
 	st.binds = append(st.binds, bind{"/nonexistent", "/tmp"})
 	r := &link.Result{}
-	err = runSandbox(context.Background(), st, l.order, nil, io.Discard, func() error { return nil }, r)
+	err = newTestSandbox(t).run(context.Background(), st, l.order, io.Discard, func() error { return nil }, r)
 	if err == nil || !strings.Contains(err.Error(), "bind /tmp: no such file or directory") {
 		t.Errorf("got %v", err)
 	}
@@ -339,7 +349,7 @@ func TestLogWithoutListener(t *testing.T) {
 		t.Fatal(err)
 	}
 	gone := errors.New("gone")
-	err = runSandbox(context.Background(), st, l.order, nil, failingWriter{gone}, func() error { return nil }, &link.Result{})
+	err = newTestSandbox(t).run(context.Background(), st, l.order, failingWriter{gone}, func() error { return nil }, &link.Result{})
 	if !errors.Is(err, gone) {
 		t.Errorf("got %v, want %v", err, gone)
 	}

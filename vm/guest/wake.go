@@ -17,7 +17,7 @@ const (
 	rndReseedCRNG = 0x5207
 )
 
-// wake gives the guest entropy, the time and processors of its own. Time comes
+// wake gives the guest entropy and the time of its own. Time comes
 // after entropy: it is wrong by what happens between the host's look at its
 // clock and here.
 func wake(w *link.Wake) error {
@@ -28,7 +28,7 @@ func wake(w *link.Wake) error {
 	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &now); err != nil {
 		return fmt.Errorf("set time: %w", err)
 	}
-	return onlineCPUs(w.CPUs)
+	return nil
 }
 
 // reseed makes the kernel's generator forget what it shares with the guests
@@ -57,18 +57,6 @@ func reseed(entropy []byte) error {
 func ioctl(f *os.File, request, arg uintptr) error {
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, arg); errno != 0 {
 		return errno
-	}
-	return nil
-}
-
-// onlineCPUs brings up processors until n are there; 0 leaves them alone. The
-// host's machine has at least as many, started offline.
-func onlineCPUs(n int) error {
-	for cpu := 1; cpu < n; cpu++ {
-		name := fmt.Sprintf("/sys/devices/system/cpu/cpu%d/online", cpu)
-		if err := os.WriteFile(name, []byte("1"), 0); err != nil {
-			return fmt.Errorf("bring up processor: %w", err)
-		}
 	}
 	return nil
 }

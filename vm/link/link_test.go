@@ -17,7 +17,7 @@ import (
 // messages holds one of each type, with every field set.
 var messages = []Message{
 	&Hello{Version: Version, Kernel: "6.1.0-56-cloud-amd64", Features: []string{"kvm"}},
-	&Wake{Entropy: bytes.Repeat([]byte{0xa5}, MinEntropy), Time: 1700000000123456789, CPUs: 4},
+	&Wake{Entropy: bytes.Repeat([]byte{0xa5}, MinEntropy), Time: 1700000000123456789},
 	&Awake{},
 	&Beat{},
 	&Cancel{},

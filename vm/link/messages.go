@@ -63,14 +63,13 @@ type Hello struct {
 type Wake struct {
 	Entropy []byte // at least MinEntropy bytes from the host's generator
 	Time    int64  // Unix time in nanoseconds
-	CPUs    int    // number of processors to have online; 0 leaves them alone
 }
 
 // MinEntropy is the least number of bytes that a Wake must carry.
 const MinEntropy = 64
 
-// Awake answers a Wake: the guest has entropy, time and processors. Beats
-// follow from here on.
+// Awake answers a Wake: the guest has entropy and time. Beats follow from here
+// on.
 type Awake struct{}
 
 // Beat says that the guest is alive, every BeatInterval.
@@ -108,6 +107,9 @@ type BuildOrder struct {
 	Outputs []Output
 	// KVM says whether the builder gets /dev/kvm.
 	KVM bool
+	// CPUs is the number of processors that the build may use, the first ones;
+	// zero leaves it all.
+	CPUs int
 	// MemoryMiB bounds the memory of the build, page cache included; zero
 	// leaves it all that the guest has but for the agent's.
 	MemoryMiB int
