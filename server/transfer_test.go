@@ -147,6 +147,26 @@ func TestUploadTooLong(t *testing.T) {
 	}
 }
 
+// TestLongBurst: a burst without end takes no memory without bound: parts of it
+// become valid before the others.
+func TestLongBurst(t *testing.T) {
+	ts := newTestServer(t, nil)
+	w := ts.worker(ts.alice)
+	paths := make([]testPath, maxBurst+1)
+	for i := range paths {
+		paths[i] = builtPath(t, fmt.Sprint("p", i), "p")
+	}
+	first, last := paths[0], &paths[maxBurst]
+	last.NarHash = nixproto.SumSHA256(nil) // a lie
+	w.refused(t, &nixproto.AddMultipleToStore{}, burst(paths...))
+	if !w.isValid(t, first.Path) || w.isValid(t, last.Path) {
+		t.Error("not what came before the lie is valid")
+	}
+	*last = builtPath(t, "last", "p", first.Path)
+	w.do(t, &nixproto.AddMultipleToStore{}, burst(paths...))
+	checkPath(t, w, *last)
+}
+
 // TestUploadInterrupted: paths that came whole are kept, others are not there.
 func TestUploadInterrupted(t *testing.T) {
 	ts := newTestServer(t, nil)
