@@ -6,6 +6,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -58,8 +59,10 @@ func run(args []string, stdout, stderr io.Writer) int {
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintln(stderr, "nbd: error:", err)
-	if hint := hintOf(err); hint != "" {
+	if hint := hintOf(err); hint == "" {
+		fmt.Fprintln(stderr, "nbd: error:", err)
+	} else { // which some errors have in their own text, too
+		fmt.Fprintln(stderr, "nbd: error:", strings.ReplaceAll(err.Error(), " ("+hint+")", ""))
 		fmt.Fprintln(stderr, "nbd: hint:", hint)
 	}
 	var usage usageError
@@ -84,6 +87,10 @@ func hintOf(err error) string {
 		return hint.Hint
 	case errors.As(err, &missing):
 		return missing.Hint
+	case errors.Is(err, store.ErrLocked):
+		return "stop that one, or give this one a directory of its own with --state"
+	case errors.Is(err, store.ErrTooNew):
+		return "start the newer nbd, or name another directory with --state"
 	case errors.As(err, &usage):
 		return "see `nbd help`, or --help after any command"
 	}
@@ -104,8 +111,8 @@ its own, and every account has a view of the store of its own.
   nbd doctor                                      find out what is wrong`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args:          cobra.NoArgs,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		Args:          cobra.ArbitraryArgs, // cobra's own refusal is no usageError
+		RunE:          needsCommand,
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	cmd.AddCommand(serveCommand(), adminCommand(), kernelCommand(), setupCommand(), doctorCommand(), versionCommand())
@@ -336,7 +343,7 @@ wins over the environment, that over the file.`}
 func (c *config) logger(w io.Writer) (*slog.Logger, error) {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(c.text("log-level"))); err != nil {
-		return nil, fmt.Errorf("log-level: %w", err)
+		return nil, fmt.Errorf("log-level: %q is none of debug, info, warn and error", c.text("log-level"))
 	}
 	opts := &slog.HandlerOptions{Level: level}
 	switch format := c.text("log-format"); format {
@@ -387,21 +394,28 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	defer st.Close()
+	defer closeLogged(log, "the store", st)
 	guests.Blobs = blobs{st}
 	runner, err := vm.New(guests)
 	if err != nil {
 		return err
 	}
-	defer runner.Close()
+	defer closeLogged(log, "the guests", runner)
 	builds.Store, builds.Runner = st, runner
 	front.Store = st
 	d, err := server.NewDaemon(ctx, server.DaemonConfig{State: state, Server: front, Builds: builds, Guests: runner, Logger: log})
 	if err != nil {
 		return err
 	}
-	defer d.Close()
+	defer closeLogged(log, "the server", d)
 	return serveUntilSignal(d, listener, grace, log)
+}
+
+// closeLogged closes a part of the server at its end.
+func closeLogged(log *slog.Logger, what string, c io.Closer) {
+	if err := c.Close(); err != nil {
+		log.Error("cannot close "+what, "err", err)
+	}
 }
 
 // serveUntilSignal serves; the first signal drains, the second one ends.
@@ -497,7 +511,7 @@ func needsCommand(cmd *cobra.Command, args []string) error {
 func exactArgs(names ...string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		if len(args) != len(names) {
-			return usageError{fmt.Errorf("%s takes %s", cmd.CommandPath(), strings.Join(names, " "))}
+			return usageError{fmt.Errorf("%s takes %s", cmd.CommandPath(), cmp.Or(strings.Join(names, " "), "no arguments"))}
 		}
 		return nil
 	}
