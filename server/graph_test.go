@@ -246,6 +246,20 @@ func TestGraphWhileDraining(t *testing.T) {
 	}
 }
 
+// A panickySink is a mistake in showing a build.
+type panickySink struct{ *fakeSink }
+
+func (panickySink) StartBuild(nixproto.StorePath) BuildLog { panic("mistake") }
+
+func TestGraphSurvivesPanics(t *testing.T) {
+	bt := newBuildTest(t, nil)
+	req := &PathsRequest{Paths: []nixproto.DerivedPath{all(bt.chain("c", 1)[0])}}
+	bt.flush()
+	if _, err := bt.BuildPaths(t.Context(), bt.session, req, panickySink{newFakeSink()}); err == nil || !strings.Contains(err.Error(), "mistake") {
+		t.Errorf("error %v", err)
+	}
+}
+
 func TestGraphOfAThousand(t *testing.T) {
 	bt := newBuildTest(t, func(c *BuildsConfig) { c.Room.Guests = 32 })
 	const layers, width = 10, 100

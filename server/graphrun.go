@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"slices"
 
 	"nbd/nixproto"
@@ -55,9 +56,14 @@ func (g *graph) run(ctx context.Context, log LogSink) error {
 			}
 			running++
 			go func() {
-				var err error
-				n.result, err = g.buildNode(ctx, n, log)
-				outcomes <- outcome{n, err}
+				o := outcome{n: n}
+				defer func() {
+					if p := recover(); p != nil { // as in session.run
+						o.err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+					}
+					outcomes <- o
+				}()
+				n.result, o.err = g.buildNode(ctx, n, log)
 			}()
 		}
 		if running == 0 {
