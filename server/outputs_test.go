@@ -16,6 +16,7 @@ import (
 
 	"nbd/nixproto"
 	"nbd/nixproto/nar"
+	"nbd/vm"
 )
 
 func TestOutputReferencesAcrossWrites(t *testing.T) {
@@ -391,6 +392,22 @@ func TestOutputMalformed(t *testing.T) {
 }
 
 // A damaged output is replaced by repair, and by nothing else.
+// TestOutputEntries: what is known of outputs before they are registered is
+// bounded for all of them together.
+func TestOutputEntries(t *testing.T) {
+	bt := newBuildTest(t, nil)
+	p := &produced{store: bt.st, outs: map[string]*producedOutput{"out": {name: "out"}, "dev": {name: "dev"}}, entries: 1}
+	defer p.discard()
+	run := &fakeRun{ctx: t.Context(), outs: p}
+	if err := run.write("out", "x", false); err != nil {
+		t.Fatal(err)
+	}
+	var refused *vm.OutputError
+	if err := run.write("dev", "x", false); !errors.As(err, &refused) {
+		t.Errorf("one file too many: %v", err)
+	}
+}
+
 func TestOutputRepair(t *testing.T) {
 	bt := newBuildTest(t, nil)
 	bt.runner.act("x", func(f *fakeRun) error { return f.write("out", strings.Repeat("a large file ", 100_000), false) })

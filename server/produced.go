@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"nbd/nixproto"
+	"nbd/nixproto/nar"
 	"nbd/store"
 	"nbd/vm"
 )
@@ -23,6 +24,9 @@ type produced struct {
 	// candidates are what an output can refer to: the inputs' closure and the
 	// outputs themselves, where the builder sees them.
 	candidates []nixproto.StorePath
+	// entries is how many files and folders may still come: what is known of
+	// them is in memory until all outputs are registered.
+	entries int
 }
 
 // A producedOutput is one output of a run.
@@ -47,7 +51,7 @@ func (b *Builds) newProduced(j *job, in *jobInputs) (*produced, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &produced{store: b.store, outs: make(map[string]*producedOutput, len(j.drv.Outputs))}
+	p := &produced{store: b.store, outs: make(map[string]*producedOutput, len(j.drv.Outputs)), entries: nar.DefaultEntries}
 	for i := range in.closure {
 		p.candidates = append(p.candidates, in.closure[i].Path)
 	}
@@ -120,7 +124,7 @@ func (p *produced) Create(ctx context.Context, name string) (vm.OutputWriter, er
 	if !out.discard {
 		out.scanner = nixproto.NewScanner(p.candidates)
 	}
-	return &outputWriter{out}, nil
+	return &outputWriter{p, out}, nil
 }
 
 // discard drops what was not registered.
@@ -144,7 +148,10 @@ func (p *produced) missing() []string {
 }
 
 // An outputWriter takes the NAR of one output.
-type outputWriter struct{ out *producedOutput }
+type outputWriter struct {
+	p   *produced
+	out *producedOutput
+}
 
 func (w *outputWriter) Write(b []byte) (int, error) {
 	n, err := w.out.staged.Write(b)
@@ -154,7 +161,15 @@ func (w *outputWriter) Write(b []byte) (int, error) {
 	return n, outputFault(err)
 }
 
-func (w *outputWriter) Close() error { return outputFault(w.out.staged.Finish()) }
+func (w *outputWriter) Close() error {
+	if err := w.out.staged.Finish(); err != nil {
+		return outputFault(err)
+	}
+	if w.p.entries -= len(w.out.staged.Index()); w.p.entries < 0 {
+		return &vm.OutputError{Err: fmt.Errorf("the outputs of one build have more than %d files and folders", nar.DefaultEntries)}
+	}
+	return nil
+}
 
 func (w *outputWriter) Abort() {
 	w.out.staged.Discard()
