@@ -152,6 +152,7 @@ func (n *narStream) Peek() ([]byte, error) {
 }
 
 func (n *narStream) Discard(k int) { n.at = n.at[k:] }
+func (n *narStream) Ready() bool   { return true }
 
 func (n *narStream) Read(p []byte) (int, error) {
 	b, err := n.Peek()

@@ -31,7 +31,9 @@ type burst struct {
 	files  []placedFile         // not placed yet
 	kept   []nixproto.StorePath // were valid with other content
 	held   []uint64             // segments that frames were spilled to
-	open   int                  // files among the last ones that are not synced yet
+
+	spilled int // of req.blobs, how many spill has dealt with
+	open    int // files among the last ones that are not synced yet
 }
 
 // A placedFile is a blob that gets a file of its own.
@@ -146,11 +148,12 @@ func (b *burst) spill() error {
 	if err := b.s.room(int64(len(b.req.frames))); err != nil {
 		return err
 	}
-	blobs, err := b.s.unknownBlobs(b.req.blobs)
+	blobs, err := b.s.unknownBlobs(b.req.blobs[b.spilled:])
 	if err != nil {
 		return err
 	}
-	b.req.blobs = blobs
+	b.req.blobs = b.req.blobs[:b.spilled+len(blobs)]
+	b.spilled = len(b.req.blobs)
 	_, err = b.s.segs.append(func(at place) (pieces [][]byte, err error) {
 		b.s.segs.holdLocked(at.segment)
 		b.held = append(b.held, at.segment)
@@ -255,6 +258,7 @@ func (b *burst) commit() error {
 	}
 	b.files = b.files[:0]
 	b.req = commitRequest{account: b.req.account, repair: b.req.repair, frames: b.req.frames[:0]}
+	b.spilled = 0
 	clear(b.added)
 	clear(b.blobs)
 	return nil

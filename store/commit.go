@@ -429,14 +429,14 @@ func (s *Store) missing(a AccountID, paths []nixproto.StorePath) (missing nixpro
 	return missing, databaseError(err)
 }
 
-// unknownBlobs returns those of blobs that are not stored.
+// unknownBlobs returns those of blobs that are not stored, in the memory of
+// blobs.
 func (s *Store) unknownBlobs(blobs []newBlob) (unknown []newBlob, err error) {
 	s.pendingMu.RLock()
-	for _, b := range blobs {
-		if _, ok := s.pending.blobs[b.sum]; !ok || b.replace {
-			unknown = append(unknown, b)
-		}
-	}
+	unknown = slices.DeleteFunc(blobs, func(b newBlob) bool {
+		_, ok := s.pending.blobs[b.sum]
+		return ok && !b.replace
+	})
 	s.pendingMu.RUnlock()
 	err = s.db.View(func(tx *bolt.Tx) error {
 		known := tx.Bucket(bucketBlobs)

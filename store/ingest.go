@@ -46,20 +46,40 @@ func (in *ingest) reset(to io.Writer) {
 // Write takes bytes of the NAR. It refuses malformed ones, and any after the
 // end, with ErrInvalid.
 func (in *ingest) Write(p []byte) (int, error) {
-	n, err := in.parser.Feed(p)
-	if err != nil {
-		return 0, fmt.Errorf("%w NAR: %w", ErrInvalid, err)
-	}
-	if n < len(p) {
-		return 0, fmt.Errorf("%w NAR: bytes after its end", ErrInvalid)
-	}
-	in.hash.Write(p)
-	if in.check != nil {
-		if _, err := in.check.Write(p); err != nil {
-			return 0, err
-		}
+	if err := in.read(p); err != nil {
+		return 0, err
 	}
 	return in.to.Write(p)
+}
+
+// read does what Write does, but for handing on.
+func (in *ingest) read(p []byte) error {
+	n, err := in.parser.Feed(p)
+	if err != nil {
+		return fmt.Errorf("%w NAR: %w", ErrInvalid, err)
+	}
+	if n < len(p) {
+		return fmt.Errorf("%w NAR: bytes after its end", ErrInvalid)
+	}
+	in.hash.Write(p)
+	if in.check == nil {
+		return nil
+	}
+	_, err = in.check.Write(p)
+	return err
+}
+
+// handOn hands on what was read, at once if possible.
+func (in *ingest) handOn(pieces [][]byte) error {
+	if to, ok := in.to.(*blobFile); ok {
+		return to.writeAll(pieces)
+	}
+	for _, p := range pieces {
+		if _, err := in.to.Write(p); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // finish says that no more comes, and returns the NAR's hash.
@@ -72,14 +92,19 @@ func (in *ingest) finish() (h sum, err error) {
 }
 
 // A narSource is a stream that hands out what it holds without copying.
-// *nixproto.Reader is one.
+// nixproto.Source says more of its methods.
 type narSource interface {
 	// Peek waits for bytes and returns those that are there, one at least.
-	// They stay until the next call.
+	// They stay until it is called while Ready is false.
 	Peek() ([]byte, error)
 	// Discard takes n bytes of those that Peek returned.
 	Discard(n int)
+	Ready() bool
 }
+
+// maxPieces is how many pieces of a NAR are written at once. Clients send it in
+// frames of 32 KiB.
+const maxPieces = 32
 
 // copyNAR hands exactly n bytes from r to in, and takes no more than that from
 // r.
@@ -88,6 +113,7 @@ func copyNAR(in *ingest, r io.Reader, n uint64) error {
 	if !ok {
 		src = &peeker{r: r, left: n}
 	}
+	var pieces [][]byte // read, and not handed on yet
 	for n > 0 {
 		b, err := src.Peek()
 		if err != nil {
@@ -97,11 +123,19 @@ func copyNAR(in *ingest, r io.Reader, n uint64) error {
 			return fmt.Errorf("read NAR: %w", err)
 		}
 		b = b[:min(uint64(len(b)), n)]
-		if _, err := in.Write(b); err != nil {
+		if err := in.read(b); err != nil {
 			return err
 		}
+		pieces = append(pieces, b)
 		src.Discard(len(b))
 		n -= uint64(len(b))
+		if n > 0 && len(pieces) < maxPieces && src.Ready() {
+			continue
+		}
+		if err := in.handOn(pieces); err != nil {
+			return err
+		}
+		pieces = pieces[:0]
 	}
 	return nil
 }
@@ -135,6 +169,7 @@ func (p *peeker) Peek() ([]byte, error) {
 }
 
 func (p *peeker) Discard(n int) { p.have = p.have[n:] }
+func (p *peeker) Ready() bool   { return len(p.have) > 0 }
 
 // A blobFile is a NAR on its way into a file of its own.
 type blobFile struct {
@@ -162,17 +197,41 @@ func (b *blobFile) Write(p []byte) (int, error) {
 		return 0, b.err
 	}
 	n, err := b.f.Write(p)
-	if b.size += int64(n); err != nil {
-		b.err = fmt.Errorf("write blob: %w", diskError(err))
-		return n, b.err
-	}
-	if b.size-b.started >= writeback {
-		if b.err = b.store.room(0); b.err != nil {
-			return n, b.err
+	return n, b.wrote(n, err)
+}
+
+// writeAll writes pieces, with one system call as a rule. It changes the list.
+func (b *blobFile) writeAll(pieces [][]byte) error {
+	for len(pieces) > 0 && b.err == nil {
+		n, err := unix.Writev(int(b.f.Fd()), pieces)
+		if err == unix.EINTR {
+			continue
 		}
-		b.startWriteback()
+		if err := b.wrote(n, err); err != nil {
+			return err
+		}
+		for ; len(pieces) > 0 && n >= len(pieces[0]); pieces = pieces[1:] {
+			n -= len(pieces[0])
+		}
+		if n > 0 {
+			pieces[0] = pieces[0][n:]
+		}
 	}
-	return n, nil
+	return b.err
+}
+
+// wrote takes the outcome of a write.
+func (b *blobFile) wrote(n int, err error) error {
+	b.size += int64(max(n, 0))
+	switch {
+	case err != nil:
+		b.err = fmt.Errorf("write blob: %w", diskError(err))
+	case b.size-b.started >= writeback:
+		if b.err = b.store.room(0); b.err == nil {
+			b.startWriteback()
+		}
+	}
+	return b.err
 }
 
 // startWriteback tells the kernel to begin writing. That it does not matters

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 
@@ -169,7 +170,7 @@ func (g *segments) append(frames func(at place) ([][]byte, error)) (place, error
 		return place{}, err
 	}
 	off := s.size
-	for _, p := range pieces {
+	for _, p := range joined(pieces) {
 		n, err := s.f.WriteAt(p, off)
 		if err == nil && g.fault != nil {
 			err = g.fault()
@@ -182,6 +183,21 @@ func (g *segments) append(frames func(at place) ([][]byte, error)) (place, error
 	s.size = off
 	g.dirty[s] = true
 	return at, nil
+}
+
+// joinAt is up to how many bytes copying costs less than another system call.
+const joinAt = 32 << 10
+
+// joined returns pieces as one if they are small.
+func joined(pieces [][]byte) [][]byte {
+	total := 0
+	for _, p := range pieces {
+		total += len(p)
+	}
+	if len(pieces) < 2 || total > joinAt {
+		return pieces
+	}
+	return [][]byte{slices.Concat(pieces...)}
 }
 
 // holdLocked keeps a segment from being removed until unhold. It is called by the

@@ -64,8 +64,8 @@ func (s *Store) NewUpload(ctx context.Context, a AccountID, opts UploadOptions) 
 // After an error it is not known how many bytes were taken from r. If it was
 // ErrInvalid, the upload can go on without the path.
 //
-// If r has the methods Peek and Discard of a nixproto.Source, they are used
-// instead of Read, and nothing is copied.
+// If r has the methods Peek, Discard and Ready of a nixproto.Source, they are
+// used instead of Read, and nothing is copied.
 func (u *Upload) Add(info *nixproto.PathInfo, r io.Reader) error {
 	if u.ended {
 		return errEnded

@@ -105,6 +105,50 @@ func TestUploadReadsNoFurther(t *testing.T) {
 	}
 }
 
+// A lender is a source that lends pieces of a buffer of which it overwrites
+// what it may.
+type lender struct {
+	bytes.Reader
+	buf        []byte
+	from, have int // of buf, what is not read yet
+}
+
+func (l *lender) Peek() ([]byte, error) {
+	if l.from == l.have {
+		n, err := l.Read(l.buf)
+		if err != nil {
+			return nil, err
+		}
+		l.from, l.have = 0, n
+	}
+	return l.buf[l.from:min(l.from+4321, l.have)], nil
+}
+
+func (l *lender) Discard(n int) { l.from += n }
+func (l *lender) Ready() bool   { return l.from < l.have }
+
+// TestUploadFromSource takes NARs in pieces that are gone soon after.
+func TestUploadFromSource(t *testing.T) {
+	s := storetest.Open(t)
+	a := storetest.Account(t, s, "alice")
+	for _, nar := range [][]byte{storetest.File("small", false), big(8, 20_000), big(9, 9<<20)} {
+		info := storetest.Source("n", nar)
+		u, err := s.NewUpload(ctx, a, store.UploadOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := u.Add(info, &lender{Reader: *bytes.NewReader(nar), buf: make([]byte, 300_000)}); err != nil {
+			t.Fatal(err)
+		}
+		if err := u.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(content(t, s, a, info.Path), nar) {
+			t.Errorf("content of %d bytes is another", len(nar))
+		}
+	}
+}
+
 func TestUploadRefuses(t *testing.T) {
 	file := storetest.File("hello", false)
 	large := big(5, 200<<10)
