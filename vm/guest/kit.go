@@ -3,6 +3,7 @@ package guest
 import (
 	"errors"
 	"os"
+	"runtime"
 
 	"nbd/vm/link"
 )
@@ -35,6 +36,13 @@ func newKit() (*kit, error) {
 	if k.group, err = newCgroup(cgroupRoot); err != nil {
 		return nil, err
 	}
-	k.sandbox, err = newSandbox(k.group)
-	return k, err
+	if k.sandbox, err = newSandbox(k.group); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(link.Warm(), warmPlan()); err != nil {
+		return nil, err
+	}
+	// So that no clone has to collect soon.
+	runtime.GC()
+	return k, nil
 }

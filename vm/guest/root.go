@@ -180,8 +180,9 @@ func (s *stage) makeInputs(dir string, names []string) error {
 
 // bindFile makes a place for a file that is bound.
 func (s *stage) bindFile(source, target string) error {
-	if err := os.WriteFile(filepath.Join(s.root(), target), nil, 0o644); err != nil {
-		return err
+	path := filepath.Join(s.root(), target)
+	if err := unix.Mknod(path, unix.S_IFREG|0o644, 0); err != nil {
+		return fmt.Errorf("make %s: %w", path, err)
 	}
 	s.binds = append(s.binds, bind{source, target})
 	return nil

@@ -116,7 +116,17 @@ func prepare() error {
 	if err := unix.Setdomainname([]byte("(none)")); err != nil {
 		return fmt.Errorf("set domain name: %w", err)
 	}
-	return nil
+	return warmPlan()
+}
+
+// warmPlan has encoding and decoding know what a plan is, as link.Warm does for
+// messages.
+func warmPlan() error {
+	b, err := json.Marshal(&plan{Binds: []bind{{}}, Args: [][]byte{{0}}, Env: [][]byte{{0}}})
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(b, new(plan))
 }
 
 func readPlan() (*plan, error) {
@@ -191,11 +201,12 @@ func (p *plan) become() error {
 		return fmt.Errorf("set core limit: %w", err)
 	}
 	unix.Umask(0o022)
-	if err := syscall.Setgid(builderGID); err != nil {
-		return fmt.Errorf("setgid: %w", err)
+	// Of this thread alone: the others end with the execve.
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETGID, builderGID, 0, 0); errno != 0 {
+		return fmt.Errorf("setgid: %w", errno)
 	}
-	if err := syscall.Setuid(builderUID); err != nil {
-		return fmt.Errorf("setuid: %w", err)
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETUID, builderUID, 0, 0); errno != 0 {
+		return fmt.Errorf("setuid: %w", errno)
 	}
 	if err := dropCaps(); err != nil {
 		return fmt.Errorf("drop capabilities: %w", err)

@@ -41,6 +41,12 @@ var messages = []Message{
 	},
 }
 
+func TestWarm(t *testing.T) {
+	if err := Warm(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestRoundTrip(t *testing.T) {
 	for _, m := range messages {
 		t.Run(m.messageType(), func(t *testing.T) {
