@@ -21,6 +21,7 @@ const (
 // Minor returns the version's second number.
 func (v Version) Minor() int { return int(v & 0xff) }
 
+// String returns the version as "1.38".
 func (v Version) String() string { return fmt.Sprintf("%d.%d", v>>8, v.Minor()) }
 
 // serve reports whether v belongs to the serve protocol; both protocols share

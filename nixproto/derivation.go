@@ -62,6 +62,7 @@ const (
 	Impure
 )
 
+// String returns the kind for messages.
 func (k DerivationKind) String() string {
 	names := [...]string{"unknown", "input-addressed", "fixed-output", "floating", "deferred", "impure"}
 	if int(k) >= len(names) {

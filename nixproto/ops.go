@@ -62,6 +62,7 @@ var opNames = map[Op]string{
 	OpBuildPathsWithResults: "BuildPathsWithResults", OpAddPermRoot: "AddPermRoot",
 }
 
+// String returns the name that Nix has for the operation.
 func (o Op) String() string {
 	if name, ok := opNames[o]; ok {
 		return name

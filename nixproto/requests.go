@@ -22,6 +22,7 @@ func (m *BuildMode) fields(c codec) {
 // IsValidPath asks whether a path is valid. Response: *Bool.
 type IsValidPath struct{ Path StorePath }
 
+// Op implements Request.
 func (*IsValidPath) Op() Op           { return OpIsValidPath }
 func (q *IsValidPath) fields(c codec) { c.path(&q.Path) }
 func (*IsValidPath) answer() Response { return new(Bool) }
@@ -29,6 +30,7 @@ func (*IsValidPath) answer() Response { return new(Bool) }
 // QueryReferrers asks which paths refer to a path. Response: *PathSet.
 type QueryReferrers struct{ Path StorePath }
 
+// Op implements Request.
 func (*QueryReferrers) Op() Op           { return OpQueryReferrers }
 func (q *QueryReferrers) fields(c codec) { c.path(&q.Path) }
 func (*QueryReferrers) answer() Response { return new(PathSet) }
@@ -45,6 +47,7 @@ type AddToStore struct {
 	Repair     bool
 }
 
+// Op implements Request.
 func (*AddToStore) Op() Op { return OpAddToStore }
 func (q *AddToStore) fields(c codec) {
 	c.str(&q.Name, maxSmall)
@@ -65,6 +68,7 @@ type BuildPaths struct {
 	Mode  BuildMode
 }
 
+// Op implements Request.
 func (*BuildPaths) Op() Op { return OpBuildPaths }
 func (q *BuildPaths) fields(c codec) {
 	derivedPaths(c, &q.Paths)
@@ -75,6 +79,7 @@ func (*BuildPaths) answer() Response { return new(Done) }
 // EnsurePath makes a path valid by substitution. Response: *Done.
 type EnsurePath struct{ Path StorePath }
 
+// Op implements Request.
 func (*EnsurePath) Op() Op           { return OpEnsurePath }
 func (q *EnsurePath) fields(c codec) { c.path(&q.Path) }
 func (*EnsurePath) answer() Response { return new(Done) }
@@ -82,6 +87,7 @@ func (*EnsurePath) answer() Response { return new(Done) }
 // AddTempRoot keeps a path until the connection ends. Response: *Done.
 type AddTempRoot struct{ Path StorePath }
 
+// Op implements Request.
 func (*AddTempRoot) Op() Op           { return OpAddTempRoot }
 func (q *AddTempRoot) fields(c codec) { c.path(&q.Path) }
 func (*AddTempRoot) answer() Response { return new(Done) }
@@ -89,6 +95,7 @@ func (*AddTempRoot) answer() Response { return new(Done) }
 // AddIndirectRoot names a link in the server's file system. Response: *Done.
 type AddIndirectRoot struct{ Link string }
 
+// Op implements Request.
 func (*AddIndirectRoot) Op() Op           { return OpAddIndirectRoot }
 func (q *AddIndirectRoot) fields(c codec) { c.str(&q.Link, maxSmall) }
 func (*AddIndirectRoot) answer() Response { return new(Done) }
@@ -96,6 +103,7 @@ func (*AddIndirectRoot) answer() Response { return new(Done) }
 // SyncWithGC waits for a collection; obsolete. Response: *Done.
 type SyncWithGC struct{}
 
+// Op implements Request.
 func (*SyncWithGC) Op() Op           { return OpSyncWithGC }
 func (*SyncWithGC) fields(codec)     {}
 func (*SyncWithGC) answer() Response { return new(Done) }
@@ -103,6 +111,7 @@ func (*SyncWithGC) answer() Response { return new(Done) }
 // FindRoots lists the roots of the collector. Response: *Roots.
 type FindRoots struct{}
 
+// Op implements Request.
 func (*FindRoots) Op() Op           { return OpFindRoots }
 func (*FindRoots) fields(codec)     {}
 func (*FindRoots) answer() Response { return new(Roots) }
@@ -110,6 +119,7 @@ func (*FindRoots) answer() Response { return new(Roots) }
 // QueryDeriver asks for a path's deriver; obsolete. Response: *OptionalPath.
 type QueryDeriver struct{ Path StorePath }
 
+// Op implements Request.
 func (*QueryDeriver) Op() Op           { return OpQueryDeriver }
 func (q *QueryDeriver) fields(c codec) { c.path(&q.Path) }
 func (*QueryDeriver) answer() Response { return new(OptionalPath) }
@@ -126,6 +136,7 @@ type SetOptions struct {
 	Overrides                          map[string]string
 }
 
+// Op implements Request.
 func (*SetOptions) Op() Op { return OpSetOptions }
 func (q *SetOptions) fields(c codec) {
 	c.bool(&q.KeepFailed)
@@ -163,6 +174,7 @@ type CollectGarbage struct {
 	MaxFreed       uint64 // bytes; the largest number is no limit
 }
 
+// Op implements Request.
 func (*CollectGarbage) Op() Op { return OpCollectGarbage }
 func (q *CollectGarbage) fields(c codec) {
 	c.u64((*uint64)(&q.Action))
@@ -181,6 +193,7 @@ func (*CollectGarbage) answer() Response { return new(Collected) }
 // QueryAllValidPaths lists the store. Response: *PathSet.
 type QueryAllValidPaths struct{}
 
+// Op implements Request.
 func (*QueryAllValidPaths) Op() Op           { return OpQueryAllValidPaths }
 func (*QueryAllValidPaths) fields(codec)     {}
 func (*QueryAllValidPaths) answer() Response { return new(PathSet) }
@@ -188,6 +201,7 @@ func (*QueryAllValidPaths) answer() Response { return new(PathSet) }
 // QueryPathInfo asks what is known of a path. Response: *OptionalPathInfo.
 type QueryPathInfo struct{ Path StorePath }
 
+// Op implements Request.
 func (*QueryPathInfo) Op() Op             { return OpQueryPathInfo }
 func (q *QueryPathInfo) fields(c codec)   { c.path(&q.Path) }
 func (q *QueryPathInfo) answer() Response { return &OptionalPathInfo{path: q.Path} }
@@ -195,6 +209,7 @@ func (q *QueryPathInfo) answer() Response { return &OptionalPathInfo{path: q.Pat
 // QueryPathFromHashPart asks for the path with a hash part. Response: *OptionalPath.
 type QueryPathFromHashPart struct{ HashPart string }
 
+// Op implements Request.
 func (*QueryPathFromHashPart) Op() Op { return OpQueryPathFromHashPart }
 func (q *QueryPathFromHashPart) fields(c codec) {
 	c.str(&q.HashPart, maxSmall)
@@ -210,6 +225,7 @@ func (*QueryPathFromHashPart) answer() Response { return new(OptionalPath) }
 // their content addresses ("" for none). Response: *SubstitutablePathInfos.
 type QuerySubstitutablePathInfos struct{ Paths map[StorePath]string }
 
+// Op implements Request.
 func (*QuerySubstitutablePathInfos) Op() Op { return OpQuerySubstitutablePathInfos }
 func (q *QuerySubstitutablePathInfos) fields(c codec) {
 	pathMap(c, &q.Paths, c.path, func(ca *string) { c.str(ca, maxSmall) })
@@ -223,6 +239,7 @@ type QueryValidPaths struct {
 	Substitute bool
 }
 
+// Op implements Request.
 func (*QueryValidPaths) Op() Op { return OpQueryValidPaths }
 func (q *QueryValidPaths) fields(c codec) {
 	c.paths(&q.Paths)
@@ -234,6 +251,7 @@ func (*QueryValidPaths) answer() Response { return new(PathSet) }
 // *PathSet.
 type QuerySubstitutablePaths struct{ Paths []StorePath }
 
+// Op implements Request.
 func (*QuerySubstitutablePaths) Op() Op           { return OpQuerySubstitutablePaths }
 func (q *QuerySubstitutablePaths) fields(c codec) { c.paths(&q.Paths) }
 func (*QuerySubstitutablePaths) answer() Response { return new(PathSet) }
@@ -242,6 +260,7 @@ func (*QuerySubstitutablePaths) answer() Response { return new(PathSet) }
 // Response: *PathSet.
 type QueryValidDerivers struct{ Path StorePath }
 
+// Op implements Request.
 func (*QueryValidDerivers) Op() Op           { return OpQueryValidDerivers }
 func (q *QueryValidDerivers) fields(c codec) { c.path(&q.Path) }
 func (*QueryValidDerivers) answer() Response { return new(PathSet) }
@@ -249,6 +268,7 @@ func (*QueryValidDerivers) answer() Response { return new(PathSet) }
 // OptimiseStore stores equal files once. Response: *Done.
 type OptimiseStore struct{}
 
+// Op implements Request.
 func (*OptimiseStore) Op() Op           { return OpOptimiseStore }
 func (*OptimiseStore) fields(codec)     {}
 func (*OptimiseStore) answer() Response { return new(Done) }
@@ -256,6 +276,7 @@ func (*OptimiseStore) answer() Response { return new(Done) }
 // VerifyStore checks the store. Response: *Bool, true if errors remain.
 type VerifyStore struct{ CheckContents, Repair bool }
 
+// Op implements Request.
 func (*VerifyStore) Op() Op { return OpVerifyStore }
 func (q *VerifyStore) fields(c codec) {
 	c.bool(&q.CheckContents)
@@ -271,6 +292,7 @@ type BuildDerivation struct {
 	Mode       BuildMode
 }
 
+// Op implements Request.
 func (*BuildDerivation) Op() Op { return OpBuildDerivation }
 func (q *BuildDerivation) fields(c codec) {
 	basicDerivation(c, &q.DrvPath, &q.Derivation)
@@ -284,6 +306,7 @@ type AddSignatures struct {
 	Signatures []string // "name:base64"
 }
 
+// Op implements Request.
 func (*AddSignatures) Op() Op { return OpAddSignatures }
 func (q *AddSignatures) fields(c codec) {
 	c.path(&q.Path)
@@ -295,6 +318,7 @@ func (*AddSignatures) answer() Response { return new(Done) }
 // framed nor with a length. No other response.
 type NarFromPath struct{ Path StorePath }
 
+// Op implements Request.
 func (*NarFromPath) Op() Op           { return OpNarFromPath }
 func (q *NarFromPath) fields(c codec) { c.path(&q.Path) }
 func (*NarFromPath) answer() Response { return nil }
@@ -305,6 +329,7 @@ type AddToStoreNar struct {
 	Repair, DontCheckSigs bool
 }
 
+// Op implements Request.
 func (*AddToStoreNar) Op() Op { return OpAddToStoreNar }
 func (q *AddToStoreNar) fields(c codec) {
 	q.Info.fields(c)
@@ -316,6 +341,7 @@ func (*AddToStoreNar) answer() Response { return nil }
 // QueryMissing asks what it takes to make paths valid. Response: *Missing.
 type QueryMissing struct{ Paths []DerivedPath }
 
+// Op implements Request.
 func (*QueryMissing) Op() Op           { return OpQueryMissing }
 func (q *QueryMissing) fields(c codec) { derivedPaths(c, &q.Paths) }
 func (*QueryMissing) answer() Response { return new(Missing) }
@@ -324,6 +350,7 @@ func (*QueryMissing) answer() Response { return new(Missing) }
 // Response: *OutputMap.
 type QueryDerivationOutputMap struct{ Path StorePath }
 
+// Op implements Request.
 func (*QueryDerivationOutputMap) Op() Op           { return OpQueryDerivationOutputMap }
 func (q *QueryDerivationOutputMap) fields(c codec) { c.path(&q.Path) }
 func (*QueryDerivationOutputMap) answer() Response { return new(OutputMap) }
@@ -332,6 +359,7 @@ func (*QueryDerivationOutputMap) answer() Response { return new(OutputMap) }
 // became. No response.
 type RegisterDrvOutput struct{ Realisation Realisation }
 
+// Op implements Request.
 func (*RegisterDrvOutput) Op() Op           { return OpRegisterDrvOutput }
 func (q *RegisterDrvOutput) fields(c codec) { realisationJSON(c, &q.Realisation) }
 func (*RegisterDrvOutput) answer() Response { return nil }
@@ -343,6 +371,7 @@ type QueryRealisation struct {
 	OutputName string
 }
 
+// Op implements Request.
 func (*QueryRealisation) Op() Op             { return OpQueryRealisation }
 func (q *QueryRealisation) fields(c codec)   { drvOutput(c, &q.DrvHash, &q.OutputName) }
 func (q *QueryRealisation) answer() Response { return new(RealisationSet) }
@@ -352,6 +381,7 @@ func (q *QueryRealisation) answer() Response { return new(RealisationSet) }
 // its NAR. No response.
 type AddMultipleToStore struct{ Repair, DontCheckSigs bool }
 
+// Op implements Request.
 func (*AddMultipleToStore) Op() Op { return OpAddMultipleToStore }
 func (q *AddMultipleToStore) fields(c codec) {
 	c.bool(&q.Repair)
@@ -363,6 +393,7 @@ func (*AddMultipleToStore) answer() Response { return nil }
 // Response: *Done.
 type AddBuildLog struct{ DrvPath StorePath }
 
+// Op implements Request.
 func (*AddBuildLog) Op() Op { return OpAddBuildLog }
 func (q *AddBuildLog) fields(c codec) {
 	// The only path on the wire that goes without the store directory.
@@ -384,6 +415,7 @@ type BuildPathsWithResults struct {
 	Mode  BuildMode
 }
 
+// Op implements Request.
 func (*BuildPathsWithResults) Op() Op { return OpBuildPathsWithResults }
 func (q *BuildPathsWithResults) fields(c codec) {
 	derivedPaths(c, &q.Paths)
@@ -398,6 +430,7 @@ type AddPermRoot struct {
 	Link string
 }
 
+// Op implements Request.
 func (*AddPermRoot) Op() Op { return OpAddPermRoot }
 func (q *AddPermRoot) fields(c codec) {
 	c.path(&q.Path)

@@ -18,6 +18,7 @@ const (
 	CmdAddToStoreNar
 )
 
+// String returns the name of the command, or its number.
 func (n ServeCommand) String() string {
 	names := [...]string{"QueryValidPaths", "QueryPathInfos", "DumpStorePath", "ImportPaths",
 		"ExportPaths", "BuildPaths", "QueryClosure", "BuildDerivation", "AddToStoreNar"}
@@ -65,6 +66,7 @@ type ServeQueryValidPaths struct {
 	Paths            []StorePath
 }
 
+// Command implements ServeRequest.
 func (*ServeQueryValidPaths) Command() ServeCommand { return CmdQueryValidPaths }
 func (q *ServeQueryValidPaths) fields(c codec) {
 	c.bool(&q.Lock)
@@ -77,6 +79,7 @@ func (*ServeQueryValidPaths) answer() Response { return new(PathSet) }
 // Response: *ServePathInfos.
 type ServeQueryPathInfos struct{ Paths []StorePath }
 
+// Command implements ServeRequest.
 func (*ServeQueryPathInfos) Command() ServeCommand { return CmdQueryPathInfos }
 func (q *ServeQueryPathInfos) fields(c codec)      { c.paths(&q.Paths) }
 func (*ServeQueryPathInfos) answer() Response      { return new(ServePathInfos) }
@@ -84,6 +87,7 @@ func (*ServeQueryPathInfos) answer() Response      { return new(ServePathInfos) 
 // ServeDumpStorePath asks for a path's NAR, which is the response.
 type ServeDumpStorePath struct{ Path StorePath }
 
+// Command implements ServeRequest.
 func (*ServeDumpStorePath) Command() ServeCommand { return CmdDumpStorePath }
 func (q *ServeDumpStorePath) fields(c codec)      { c.path(&q.Path) }
 func (*ServeDumpStorePath) answer() Response      { return nil }
@@ -91,6 +95,7 @@ func (*ServeDumpStorePath) answer() Response      { return nil }
 // ServeImportPaths adds paths; an export stream follows. Response: *Done.
 type ServeImportPaths struct{}
 
+// Command implements ServeRequest.
 func (*ServeImportPaths) Command() ServeCommand { return CmdImportPaths }
 func (*ServeImportPaths) fields(codec)          {}
 func (*ServeImportPaths) answer() Response      { return new(Done) }
@@ -101,6 +106,7 @@ type ServeExportPaths struct {
 	Paths []StorePath
 }
 
+// Command implements ServeRequest.
 func (*ServeExportPaths) Command() ServeCommand { return CmdExportPaths }
 func (q *ServeExportPaths) fields(c codec) {
 	c.bool(&q.Sign)
@@ -114,6 +120,7 @@ type ServeBuildPaths struct {
 	Options BuildOptions
 }
 
+// Command implements ServeRequest.
 func (*ServeBuildPaths) Command() ServeCommand { return CmdBuildPaths }
 func (q *ServeBuildPaths) fields(c codec) {
 	derivedPaths(c, &q.Paths)
@@ -128,6 +135,7 @@ type ServeQueryClosure struct {
 	Paths          []StorePath
 }
 
+// Command implements ServeRequest.
 func (*ServeQueryClosure) Command() ServeCommand { return CmdQueryClosure }
 func (q *ServeQueryClosure) fields(c codec) {
 	c.bool(&q.IncludeOutputs)
@@ -143,6 +151,7 @@ type ServeBuildDerivation struct {
 	Options    BuildOptions
 }
 
+// Command implements ServeRequest.
 func (*ServeBuildDerivation) Command() ServeCommand { return CmdBuildDerivation }
 func (q *ServeBuildDerivation) fields(c codec) {
 	basicDerivation(c, &q.DrvPath, &q.Derivation)
@@ -154,6 +163,7 @@ func (*ServeBuildDerivation) answer() Response { return new(BuildResult) }
 // length. Response: *Done.
 type ServeAddToStoreNar struct{ Info PathInfo }
 
+// Command implements ServeRequest.
 func (*ServeAddToStoreNar) Command() ServeCommand { return CmdAddToStoreNar }
 func (q *ServeAddToStoreNar) fields(c codec)      { q.Info.fields(c) }
 func (*ServeAddToStoreNar) answer() Response      { return new(Done) }
