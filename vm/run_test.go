@@ -418,16 +418,22 @@ func killGuests(t *testing.T) {
 	}
 }
 
-// Without templates guests boot from cold.
+// Without templates guests boot from cold. A build has as many processors as it
+// is told.
 func TestRunCold(t *testing.T) {
 	blobs := memBlobs{}
 	r := newTestRunner(t, blobs, func(c *Config) { c.ColdBoot = true })
 	outs := new(memOutputs)
-	s := shellSpec("cold", "cat $in > $out", blobs, file("contents\n"), t)
-	s.Cores = 1
-	res, err := r.Run(t.Context(), s, io.Discard, outs)
+	s := shellSpec("cold", "cat $in > $out; nproc; taskset -p f 1 2>&1; nproc", blobs, file("contents\n"), t)
+	s.Cores = 3 // of a machine that has four
+	var log bytes.Buffer
+	res, err := r.Run(t.Context(), s, &log, outs)
 	if err != nil {
 		t.Fatal(err)
+	}
+	// Nor can the builder take more for itself.
+	if lines := strings.Split(log.String(), "\n"); lines[0] != "3" || lines[len(lines)-2] != "3" {
+		t.Errorf("a build with 3 cores has %q", log.String())
 	}
 	if res.Restored || !bytes.Equal(outs.nars["out"].Bytes(), file("contents\n").archive(t)) {
 		t.Errorf("%+v, %q", res, outs.nars["out"])
