@@ -302,7 +302,7 @@ func (w *worker) stageFile(staged *store.Staged, h hash.Hash, r io.Reader) error
 	if err := os.Remove(f.Name()); err != nil {
 		return fmt.Errorf("spool file: %w", err)
 	}
-	rest, err := io.Copy(f, r)
+	rest, err := io.Copy(&spool{to: f, room: w.server.store.CheckRoom}, r)
 	if err != nil {
 		return fmt.Errorf("spool file: %w", err)
 	}
@@ -310,6 +310,28 @@ func (w *worker) stageFile(staged *store.Staged, h hash.Hash, r io.Reader) error
 		return fmt.Errorf("spool file: %w", err)
 	}
 	return writeFile(staged, h, io.MultiReader(&head, f), n+rest)
+}
+
+// A spool is a temporary file that leaves as much of the disk free as uploads
+// do.
+type spool struct {
+	to   io.Writer
+	room func(int64) error
+	left int64 // bytes until the next look at what is free
+}
+
+// spoolStride is how much of a spool is written between looks at what is free.
+const spoolStride = 8 << 20
+
+// Write implements io.Writer.
+func (s *spool) Write(p []byte) (int, error) {
+	if s.left -= int64(len(p)); s.left < 0 {
+		if err := s.room(spoolStride); err != nil {
+			return 0, err
+		}
+		s.left = spoolStride
+	}
+	return s.to.Write(p)
 }
 
 // writeFile writes the NAR of a plain file with those contents, which go to h

@@ -15,6 +15,7 @@ import (
 
 	"nbd/nixproto"
 	"nbd/nixproto/nar"
+	"nbd/store"
 )
 
 // checkPath wants a path to be valid and its NAR to be what was uploaded.
@@ -144,6 +145,22 @@ func TestUploadTooLong(t *testing.T) {
 	}
 	if w.isValid(t, p.Path) {
 		t.Error("the path is valid")
+	}
+}
+
+// TestSpoolLeavesRoom: a flat file fills the disk no further than other uploads.
+func TestSpoolLeavesRoom(t *testing.T) {
+	const free = 2 * spoolStride
+	var file bytes.Buffer
+	s := &spool{to: &file, room: func(n int64) error {
+		if int64(file.Len())+n > free {
+			return store.ErrNoSpace
+		}
+		return nil
+	}}
+	_, err := io.Copy(s, io.LimitReader(rand.Reader, 1<<30))
+	if !errors.Is(err, store.ErrNoSpace) || file.Len() > free || file.Len() < free/2 {
+		t.Errorf("%d bytes of %d are taken, %v", file.Len(), free, err)
 	}
 }
 

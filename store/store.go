@@ -188,6 +188,10 @@ func (s *Store) Close() error {
 	return nil
 }
 
+// CheckRoom returns ErrNoSpace if n more bytes, which the caller is about to
+// write beside the store, would leave less than Config.MinFree.
+func (s *Store) CheckRoom(n int64) error { return s.room(n) }
+
 // room returns ErrNoSpace if n more bytes would leave less than
 // Config.MinFree.
 func (s *Store) room(n int64) error {
