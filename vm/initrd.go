@@ -69,7 +69,8 @@ func (c *cpioWriter) bytes(name string, mode int, data []byte) {
 	c.pad()
 }
 
-// file writes a whole member from a file of the host.
+// file writes a member from a file of the host: all of it, or of a program what
+// is loaded, since each byte is held twice by every guest.
 func (c *cpioWriter) file(name string, mode int, path string) error {
 	f, err := os.Open(path)
 	if err != nil {
@@ -83,8 +84,12 @@ func (c *cpioWriter) file(name string, mode int, path string) error {
 	if !info.Mode().IsRegular() {
 		return fmt.Errorf("%s is not a regular file", path)
 	}
-	c.member(name, mode, info.Size())
-	if _, err := io.CopyN(c, f, info.Size()); err != nil {
+	size, err := loadedSize(f, info.Size())
+	if err != nil {
+		return fmt.Errorf("read %s: %w", path, err)
+	}
+	c.member(name, mode, size)
+	if _, err := io.CopyN(c, f, size); err != nil {
 		return fmt.Errorf("read %s: %w", path, err)
 	}
 	c.pad()
