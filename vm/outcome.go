@@ -93,13 +93,21 @@ func event(e qmpEvent) error {
 	return nil
 }
 
+// maxMessage is how many bytes of what an agent says are passed on: to logs,
+// into records and to all who wait.
+const maxMessage = 16 << 10
+
 // judge returns the failure that a result tells of. A run that was starved, or
 // whose disks failed, counts as that whatever its builder's exit status: it must
 // not become a truth about the build.
 func (b *build) judge(res *link.Result) error {
+	message := res.Message
+	if len(message) > maxMessage {
+		message = strings.ToValidUTF8(message[:maxMessage], "") + "…"
+	}
 	switch {
 	case res.Kind == link.Internal:
-		return b.g.explain(errors.New("the guest's agent failed: " + res.Message))
+		return b.g.explain(errors.New("the guest's agent failed: " + message))
 	case res.Kind == link.Cancelled:
 		return errors.New("the guest's agent gave up the build")
 	case res.IOErrors:
@@ -115,9 +123,9 @@ func (b *build) judge(res *link.Result) error {
 	}
 	switch res.Kind {
 	case link.OutputMissing:
-		return &BuildError{Kind: OutputMissing, Message: res.Message}
+		return &BuildError{Kind: OutputMissing, Message: message}
 	case link.OutputRefused:
-		return &BuildError{Kind: OutputRefused, Message: res.Message}
+		return &BuildError{Kind: OutputRefused, Message: message}
 	case link.Signaled:
 		return &BuildError{Kind: Failed, Signal: res.Signal, Message: fmt.Sprintf("builder failed due to signal %d", res.Signal)}
 	case link.Exited:
