@@ -134,6 +134,7 @@ var serveSettings = []setting{
 	{"ssh-listen", ":2222", "address for SSH"},
 	{"server-name", "", "first half of the names of signing keys (default: the host's name)"},
 	{"ciphers", "", "SSH ciphers to offer, commas between them (default: those that suit the processor)"},
+	{"max-connections", uint(2048), "connections that one account may have open at once"},
 	{"max-unauthenticated", uint(64), "connections that may be in their handshake at once"},
 	{"handshake-timeout", 20 * time.Second, "time from connection to authentication"},
 	{"keep-alive", 20 * time.Second, "after how long a silent client is asked for a sign of life"},
@@ -143,7 +144,7 @@ var serveSettings = []setting{
 	{"default-mem", uint(2048), "MiB of memory that a build is given at first"},
 	{"max-mem", uint(0), "MiB up to which a build that ran out is given more (default: what --memory allows)"},
 	{"scratch", uint(51200), "MiB of disk that a build may write, rounded up to a power of two GiB"},
-	{"max-log-size", uint(0), "bytes of log after which a build is ended (default: no limit)"},
+	{"max-log-size", uint(1 << 30), "bytes of log after which a build is ended; 0 for no limit"},
 	{"min-free", uint(1024), "MiB of disk that uploads, outputs and logs leave free"},
 	{"drain-timeout", 10 * time.Minute, "how long running builds may go on after SIGTERM"},
 	{"log-level", "info", "debug, info, warn or error"},
@@ -380,6 +381,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		Room:   server.Room{Guests: cfg.number("max-guests"), MemoryMiB: cfg.number("memory")},
 		Limits: server.Limits{MaxLogSize: int64(cfg.number("max-log-size"))}}
 	front := server.Config{Version: server.Version(), Logger: log, TempDir: filepath.Join(state, "tmp"), Ciphers: cfg.list("ciphers"), MaxUnauthenticated: cfg.number("max-unauthenticated"),
+		MaxConnections:   cfg.number("max-connections"),
 		HandshakeTimeout: get[time.Duration](cfg, "handshake-timeout"), KeepAlive: get[time.Duration](cfg, "keep-alive")}
 	grace := get[time.Duration](cfg, "drain-timeout")
 	listener, err := net.Listen("tcp", cfg.text("ssh-listen"))

@@ -38,6 +38,11 @@ func (s *Server) handleSession(_ *ssh.Server, sc *gossh.ServerConn, nc gossh.New
 		return
 	}
 	defer s.work.Done()
+	if c.isExcess() {
+		_ = nc.Reject(gossh.ResourceShortage, fmt.Sprintf("account %s has more than %d connections open (max-connections): close some of them",
+			client.Account.Name, s.cfg.MaxConnections))
+		return
+	}
 	if !c.openSession() {
 		_ = nc.Reject(gossh.ResourceShortage, fmt.Sprintf("more than %d sessions on one connection", s.cfg.MaxSessions))
 		return

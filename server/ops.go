@@ -35,6 +35,8 @@ func (w *worker) handle(req nixproto.Request, stream *nixproto.FramedReader) (ni
 			return nil, err
 		}
 		return w.change(req)
+	case *nixproto.SetOptions: // of the client's own requests
+		return w.query(req)
 	default:
 		if err := w.Client.require(StoreRead); err != nil {
 			return nil, err

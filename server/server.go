@@ -74,6 +74,9 @@ type Config struct {
 	// HandshakeTimeout bounds the time from a connection to its
 	// authentication; default 20 s.
 	HandshakeTimeout time.Duration
+	// MaxConnections is how many connections one account may have open at once;
+	// default 2048. The sessions of those beyond are refused.
+	MaxConnections int
 	// MaxSessions is how many sessions one connection may have open at once;
 	// default 64.
 	MaxSessions int
@@ -109,6 +112,9 @@ func (c *Config) fill() error {
 	}
 	if c.HandshakeTimeout == 0 {
 		c.HandshakeTimeout = 20 * time.Second
+	}
+	if c.MaxConnections == 0 {
+		c.MaxConnections = 2048
 	}
 	if c.MaxSessions == 0 {
 		c.MaxSessions = 64

@@ -12,6 +12,8 @@ import (
 	"github.com/gliderlabs/ssh"
 	gossh "golang.org/x/crypto/ssh"
 	"golang.org/x/sys/cpu"
+
+	"nbd/store"
 )
 
 // maxAuthTries is how many keys a client may offer: an agent often holds more
@@ -166,6 +168,7 @@ type conn struct {
 	asking   bool        // a keep-alive waits for its answer
 	sessions int         // open ones
 	client   *Client     // who it is; nil before its signature was verified
+	excess   bool        // its account has too many connections beside it
 }
 
 // SetDeadline does nothing: gliderlabs/ssh would lift deadlines at each read
@@ -219,8 +222,34 @@ func (c *conn) authenticated() {
 // is notes who the client is.
 func (c *conn) is(client *Client) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.client = client
+	c.mu.Unlock()
+	excess := c.server.connections(client.Account.ID) > c.server.cfg.MaxConnections
+	c.mu.Lock()
+	c.excess = excess
+	c.mu.Unlock()
+}
+
+// isExcess reports whether its account had too many connections when this one
+// came.
+func (c *conn) isExcess() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.excess
+}
+
+// connections returns how many connections an account has open.
+func (s *Server) connections(a store.AccountID) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.conns {
+		c.mu.Lock()
+		if c.client != nil && c.client.Account.ID == a {
+			n++
+		}
+		c.mu.Unlock()
+	}
+	return n
 }
 
 // Disconnect closes the connections of the clients that gone names, such as

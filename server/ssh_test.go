@@ -448,3 +448,15 @@ func TestDrain(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestConnectionsOfOneAccount(t *testing.T) {
+	ts := newTestServer(t, func(c *Config) { c.MaxConnections = 2 })
+	first, second := ts.dial(ts.alice), ts.dial(ts.alice)
+	third := ts.dial(ts.alice)
+	_, err := third.NewSession()
+	if err == nil || !strings.Contains(err.Error(), "max-connections") {
+		t.Errorf("a session on a third connection: %v", err)
+	}
+	ts.exec(first, "nix-daemon --stdio")
+	ts.exec(second, "nix-daemon --stdio")
+}
