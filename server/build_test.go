@@ -428,6 +428,16 @@ func TestBuildGivesUpAfterRetries(t *testing.T) {
 	wantStatus(t, r, nixproto.Built)
 }
 
+func TestBuildOnAFullDiskIsNotRetried(t *testing.T) {
+	bt := newBuildTest(t, nil)
+	bt.runner.act("x", func(f *fakeRun) error { return fmt.Errorf("store output: %w", store.ErrNoSpace) })
+	r, _ := bt.build(bt.request(drv("x")))
+	wantError(t, r, nixproto.TransientFailure, "no space left")
+	if n := bt.runner.count("x"); n != 1 {
+		t.Errorf("%d runs", n)
+	}
+}
+
 func TestBuildThatCannotBeTried(t *testing.T) {
 	bt := newBuildTest(t, nil)
 	bt.runner.act("x", func(f *fakeRun) error { return &vm.SpecError{Message: "passAsFile is odd"} })

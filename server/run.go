@@ -39,6 +39,8 @@ type ending struct {
 	status  reuse.Status
 	code    nixproto.BuildStatus
 	message string // for the client; empty on success
+	// hopeless says that the same would happen again at once.
+	hopeless bool
 	// limits are those that it ran under.
 	limits Limits
 	// paths are those of all outputs, after a success.
@@ -83,7 +85,7 @@ func (b *Builds) run(f *flight, j *job, in *jobInputs) *ending {
 	a := &attempt{limits: j.limits, memoryMiB: b.cfg.MemoryMiB}
 	for transient := 0; ; {
 		end := b.attempt(f, j, in, lease, a)
-		if !end.status.Retried() || f.Context().Err() != nil {
+		if !end.status.Retried() || end.hopeless || f.Context().Err() != nil {
 			return end
 		}
 		next := &attempt{limits: j.limits, memoryMiB: a.memoryMiB, before: a.record}
@@ -186,8 +188,9 @@ func (b *Builds) runGuest(f *flight, j *job, in *jobInputs, lease *store.Lease, 
 	if err == nil {
 		outputs, paths, err = b.finish(ctx, j, in, lease, a, produced)
 	}
-	if logErr := <-closed; err == nil && logErr != nil {
-		err = fmt.Errorf("write the log: %w", logErr)
+	if logErr := <-closed; logErr != nil {
+		// What the builder made is right without its log.
+		b.cfg.Logger.Error("cannot keep the log of a build", "build", a.record.ID, "err", logErr)
 	}
 	if err != nil {
 		end = b.failedRun(ctx, j, a, err)
@@ -265,14 +268,16 @@ func (b *Builds) cancelled(ctx context.Context, j *job) *ending {
 func (b *Builds) broken(j *job, what string, err error) *ending {
 	b.cfg.Logger.Error("build broke", "account", j.account, "drv", j.drvPath, "while", what, "error", err)
 	var missing *vm.MissingError
-	message := fmt.Sprintf("the server could not build '%s': an internal error, not the builder's fault", j.drvPath)
+	end := &ending{status: reuse.InternalError, code: nixproto.TransientFailure,
+		message: fmt.Sprintf("the server could not build '%s': an internal error, not the builder's fault", j.drvPath)}
 	switch {
 	case errors.As(err, &missing):
-		message = fmt.Sprintf("the server could not build '%s': %s", j.drvPath, printable(missing.What))
+		end.message = fmt.Sprintf("the server could not build '%s': %s", j.drvPath, printable(missing.What))
 	case errors.Is(err, store.ErrNoSpace):
-		message = fmt.Sprintf("the server could not build '%s': it has no space left on its disk", j.drvPath)
+		end.hopeless = true
+		end.message = fmt.Sprintf("the server could not build '%s': it has no space left on its disk", j.drvPath)
 	}
-	return &ending{status: reuse.InternalError, code: nixproto.TransientFailure, message: message}
+	return end
 }
 
 // builderFailed is the message about a builder that failed by itself, with the
