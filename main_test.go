@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -36,6 +35,7 @@ import (
 //	awaitclient TEXT       wait until what `background` started has printed TEXT
 //	rootless               let the server run as an ordinary user
 //	small-state MIB        put the state on a file system of that size
+//	guest-alive            fail unless a guest runs now
 //	nothing-left           fail unless guests, their files and cgroups are gone
 //
 // Guests need a kernel: NBD_TEST_KERNEL names a package or folder that `nbd
@@ -72,7 +72,7 @@ func TestScripts(t *testing.T) {
 			"serve": command((*script).serve), "stop": command((*script).stop), "kill9": command((*script).kill9),
 			"account": command((*script).account), "as": command((*script).as),
 			"background": command((*script).background), "interrupt": command((*script).interrupt),
-			"awaitlog": command((*script).awaitLog), "awaitclient": command((*script).awaitClient), "nothing-left": command((*script).nothingLeft),
+			"awaitlog": command((*script).awaitLog), "awaitclient": command((*script).awaitClient), "nothing-left": command((*script).nothingLeft), "guest-alive": command((*script).guestAlive),
 			"rootless": command((*script).rootless), "small-state": command((*script).smallState),
 		},
 	})
@@ -181,6 +181,7 @@ type script struct {
 	server *process
 	client *process
 
+	pids  []int               // of all servers so far
 	user  *syscall.Credential // of the server; nil is root
 	mount string              // to be unmounted
 }
@@ -303,7 +304,7 @@ func (s *script) serve(ts *testscript.TestScript, args []string) error {
 	if err != nil {
 		return err
 	}
-	s.server = p
+	s.server, s.pids = p, append(s.pids, cmd.Process.Pid)
 	return p.await("nbd is ready")
 }
 
@@ -462,12 +463,12 @@ func (s *script) awaitClient(_ *testscript.TestScript, args []string) error {
 }
 
 // nothingLeft looks for what a build could leave: its guest's process, the
-// folder with its disks, its cgroup.
+// files of its disks, its cgroup. A server that just started makes a template
+// in a guest of its own, which ends soon.
 func (s *script) nothingLeft(ts *testscript.TestScript, _ []string) error {
-	state := ts.Getenv("STATE")
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
-		left, err := leftovers(state)
+		left, err := s.leftovers(ts.Getenv("STATE"))
 		if err != nil || left == "" {
 			return err
 		}
@@ -478,30 +479,54 @@ func (s *script) nothingLeft(ts *testscript.TestScript, _ []string) error {
 	}
 }
 
+// guestAlive proves that nothing-left would find a guest.
+func (s *script) guestAlive(ts *testscript.TestScript, _ []string) error {
+	guest, err := guestProcess(ts.Getenv("STATE"))
+	if err == nil && guest == "" {
+		err = errors.New("no guest is seen while one runs")
+	}
+	return err
+}
+
 // leftovers names something that a build left, "" if nothing.
-func leftovers(state string) (string, error) {
-	procs, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		return "", err
+func (s *script) leftovers(state string) (string, error) {
+	if guest, err := guestProcess(state); err != nil || guest != "" {
+		return guest, err
 	}
-	for _, p := range procs {
-		line, err := os.ReadFile(p)
-		if err == nil && bytes.Contains(line, []byte("qemu-system")) && bytes.Contains(line, []byte(state)) {
-			return "a QEMU process", nil
+	files, err := filepath.Glob(filepath.Join(state, "guests", "*"))
+	if err != nil || len(files) > 0 {
+		return strings.Join(files, " "), err
+	}
+	var group string
+	err = filepath.WalkDir("/sys/fs/cgroup", func(path string, e fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // it went meanwhile, or there are no cgroups here
 		}
-	}
-	dirs, err := filepath.Glob(filepath.Join(state, "guests", "*"))
-	if err != nil || len(dirs) > 0 {
-		return strings.Join(dirs, " "), err
-	}
-	mounts, err := os.Open("/proc/self/cgroup")
+		for _, pid := range s.pids {
+			if err == nil && e.IsDir() && strings.HasPrefix(e.Name(), fmt.Sprintf("nbd-%d-", pid)) {
+				group = "cgroup " + path
+			}
+		}
+		return err
+	})
+	return group, err
+}
+
+// guestProcess finds a QEMU that has a file of the state directory open, such as
+// its scratch disk, which has no name any more. Nothing else tells whose it is.
+func guestProcess(state string) (string, error) {
+	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
 	if err != nil {
 		return "", err
 	}
-	defer mounts.Close()
-	for lines := bufio.NewScanner(mounts); lines.Scan(); {
-		if strings.Contains(lines.Text(), "nbd/") {
-			return "cgroup " + lines.Text(), nil
+	for _, link := range links {
+		to, err := os.Readlink(link)
+		if err != nil || !strings.HasPrefix(to, state+"/") {
+			continue // it ended meanwhile, or is another's
+		}
+		process := filepath.Dir(filepath.Dir(link))
+		if name, err := os.ReadFile(filepath.Join(process, "comm")); err == nil && bytes.HasPrefix(name, []byte("qemu-system")) {
+			return "QEMU, " + process, nil
 		}
 	}
 	return "", nil
