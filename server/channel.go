@@ -144,7 +144,13 @@ func (ss *session) run(req *gossh.Request) {
 	}
 	defer ss.server.removeSession(ss)
 	ss.proto = cmd.protocol
-	ss.leases = ss.server.store.NewLease(ss.Client.Account.ID)
+	if ss.Sight, err = ss.server.newSight(ss.ctx, ss.Client); err != nil {
+		text, level := explain(ss.Session, err)
+		ss.Log.Log(ss.ctx, level, "session refused", "err", err)
+		ss.complain(text)
+		return
+	}
+	ss.leases = ss.Sight.NewLease()
 	defer func() { ss.leases.Release() }() // of the last lease: a collection begins another
 	ss.Log.Debug("session begins", "proto", cmd.protocol, "key", ss.Client.Fingerprint)
 	if cmd.protocol == serveProtocol {

@@ -5,10 +5,12 @@ import (
 	"log/slog"
 
 	"nbd/nixproto"
+	"nbd/store"
 )
 
 // A Session is one exec command of a client, from its start to its end.
-// Its fields do not change after it started.
+// Its fields do not change after it started, but for beforeSelfHash, which is
+// set between operations only.
 type Session struct {
 	// ID names the session in logs and, where a fault is the server's own, in
 	// what the client is told. It is unique while the server runs.
@@ -18,12 +20,16 @@ type Session struct {
 	// Env are the service settings that the client sent for the session
 	// (names that begin with NBD_ or NIXBUILDNET_), as it spelled them.
 	Env map[string]string
+	// Sight is what the account may use of its own store paths and of others',
+	// fixed for the session.
+	Sight *store.Sight
 	// Log carries the attributes client and session.
 	Log *slog.Logger
 
-	// beforeSelfHash is set by the handshake with a client older than Nix 2.17,
-	// which computes the content address of what refers to itself in another
-	// way. Over the serve protocol nothing tells.
+	// beforeSelfHash is set for a client older than Nix 2.17, which computes
+	// the content address of what refers to itself in another way: by the
+	// handshake of the worker protocol, by the options of a build in the serve
+	// protocol (where Nix 2.12 to 2.16 cannot be told from newer ones).
 	beforeSelfHash bool
 
 	proto  protocol
