@@ -203,8 +203,12 @@ func (c *serveConn) addToStoreNar(q *nixproto.ServeAddToStoreNar) (nixproto.Resp
 	return &nixproto.Done{}, up.Commit()
 }
 
-// serveLimits are the limits that a client sent; 0 is unset.
-func serveLimits(o nixproto.BuildOptions) Limits {
+// asked takes what the options of a build command tell: how old the client is,
+// and its limits; 0 is unset. The protocol's version is one from Nix 2.4 to
+// 2.34, but until 2.11 clients had an option enforce-determinism, which was
+// on, and newer ones send zero.
+func (c *serveConn) asked(o nixproto.BuildOptions) Limits {
+	c.beforeSelfHash = o.EnforceDeterminism
 	const most = 1 << 31 // seconds; more than any build
 	return Limits{
 		Timeout:    time.Duration(min(o.Timeout, most)) * time.Second,
@@ -231,8 +235,8 @@ func (c *serveConn) buildDerivation(q *nixproto.ServeBuildDerivation) (nixproto.
 	}
 	var result *nixproto.BuildResult
 	if err == nil {
+		req := &BuildRequest{DrvPath: q.DrvPath, Drv: q.Derivation, Limits: c.asked(q.Options)}
 		err = c.building(func(ctx context.Context, log LogSink) (err error) {
-			req := &BuildRequest{DrvPath: q.DrvPath, Drv: q.Derivation, Limits: serveLimits(q.Options)}
 			result, err = c.server.cfg.Builder.Build(ctx, c.Session, req, log)
 			return err
 		})
@@ -254,8 +258,8 @@ func (c *serveConn) buildPaths(q *nixproto.ServeBuildPaths) (nixproto.Response, 
 		return nil, err
 	}
 	var results []nixproto.KeyedBuildResult
+	req := &PathsRequest{Paths: q.Paths, Limits: c.asked(q.Options)}
 	err := c.building(func(ctx context.Context, log LogSink) (err error) {
-		req := &PathsRequest{Paths: q.Paths, Limits: serveLimits(q.Options)}
 		results, err = c.server.cfg.Builder.BuildPaths(ctx, c.Session, req, log)
 		return err
 	})

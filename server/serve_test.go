@@ -212,6 +212,30 @@ func TestServeBuild(t *testing.T) {
 	}
 }
 
+// TestServeBuildForOldClient: an option that Nix dropped in 2.12 tells which way
+// a client hashes what refers to itself.
+func TestServeBuildForOldClient(t *testing.T) {
+	ts := newTestServer(t, nil)
+	var legacy []bool
+	ts.builder.build = func(_ context.Context, s *Session, _ *BuildRequest, _ LogSink) (*nixproto.BuildResult, error) {
+		legacy = append(legacy, s.beforeSelfHash)
+		return &nixproto.BuildResult{Status: nixproto.Built}, nil
+	}
+	ts.builder.paths = func(_ context.Context, s *Session, _ *PathsRequest, _ LogSink) ([]nixproto.KeyedBuildResult, error) {
+		legacy = append(legacy, s.beforeSelfHash)
+		return nil, nil
+	}
+	for _, old := range []bool{true, false} {
+		c, _ := ts.serveClient(ts.alice)
+		options := nixproto.BuildOptions{EnforceDeterminism: old}
+		serveDo(t, c, &nixproto.ServeBuildDerivation{DrvPath: testDrv, Derivation: &nixproto.Derivation{}, Options: options}, nil)
+		serveDo(t, c, &nixproto.ServeBuildPaths{Paths: []nixproto.DerivedPath{{Path: testDrv, AllOutputs: true}}, Options: options}, nil)
+	}
+	if want := []bool{true, true, false, false}; !slices.Equal(legacy, want) {
+		t.Errorf("old client: %t, want %t", legacy, want)
+	}
+}
+
 // TestServeBuildPaths: a success of any kind is 0, a failure never 1 or 2.
 func TestServeBuildPaths(t *testing.T) {
 	ts := newTestServer(t, nil)
