@@ -17,6 +17,9 @@ type Limits struct {
 	Text int64
 }
 
+// entryMemory is how many bytes of memory an Entry takes.
+const entryMemory = 64
+
 // The defaults of Limits.
 const (
 	DefaultEntries = 4 << 20
@@ -105,6 +108,11 @@ func (p *Parser) Size() int64 { return p.offset }
 // complete enough to have a name and a kind. The Parser does not change them
 // any more.
 func (p *Parser) Index() Index { return p.index }
+
+// Memory returns how many bytes of memory the Index takes by now, about.
+func (p *Parser) Memory() int64 {
+	return int64(cap(p.index))*entryMemory + p.used
+}
 
 // Close says whether the archive ended: nil if Done, else the error of the
 // bytes taken, or that some are missing.
@@ -224,7 +232,7 @@ func (p *Parser) take(b []byte) {
 	case stateDirectory:
 		p.takeDirectory(b)
 	case stateEntry:
-		p.takeEntry(b)
+		p.takeLength(b, entryName, MaxNameLen, stateName, len(nameNode))
 	case stateName:
 		p.takeName(b)
 	case stateFile:
@@ -234,7 +242,7 @@ func (p *Parser) take(b []byte) {
 	case stateSize:
 		p.takeSize(binary.LittleEndian.Uint64(b))
 	case stateSymlink:
-		p.takeSymlink(b)
+		p.takeLength(b, target, MaxTargetLen, stateTarget, 0)
 	case stateTarget:
 		p.takeTarget(b)
 	case stateClose:
@@ -297,19 +305,20 @@ func (p *Parser) takeDirectory(b []byte) {
 	}
 }
 
-// takeEntry takes the length of an entry's name.
-func (p *Parser) takeEntry(b []byte) {
-	if string(b[:len(entryName)]) != entryName {
-		p.fail("wanted the name of an entry")
+// takeLength takes lit and the length of a text, at most most bytes, and enters
+// state s, which takes that text, its padding and more bytes.
+func (p *Parser) takeLength(b []byte, lit string, most uint64, s state, more int) {
+	if string(b[:len(lit)]) != lit {
+		p.fail("wanted %q", lit)
 		return
 	}
-	n := binary.LittleEndian.Uint64(b[len(entryName):])
-	if n == 0 || n > MaxNameLen {
-		p.fail("name of %d bytes", n)
+	n := binary.LittleEndian.Uint64(b[len(lit):])
+	if n == 0 || n > most {
+		p.fail("name or target of %d bytes", n)
 		return
 	}
 	p.rest = int64(n)
-	p.wait(stateName, int(p.rest+pad(p.rest))+len(nameNode))
+	p.wait(s, int(p.rest+pad(p.rest))+more)
 }
 
 // takeName takes the name of an entry, up to the kind.
@@ -385,21 +394,6 @@ func (p *Parser) takeSize(n uint64) {
 	e.Offset, e.Size = p.offset, int64(n)
 	p.rest = int64(n)
 	p.state = stateContents
-}
-
-// takeSymlink takes the length of a target.
-func (p *Parser) takeSymlink(b []byte) {
-	if string(b[:len(target)]) != target {
-		p.fail("wanted the target of a symbolic link")
-		return
-	}
-	n := binary.LittleEndian.Uint64(b[len(target):])
-	if n == 0 || n > MaxTargetLen {
-		p.fail("target of %d bytes", n)
-		return
-	}
-	p.rest = int64(n)
-	p.wait(stateTarget, int(p.rest+pad(p.rest)))
 }
 
 // takeTarget takes the target of a symbolic link.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"unsafe"
 )
 
 // tokens joins strings as an archive does.
@@ -153,6 +154,21 @@ func TestParseLimits(t *testing.T) {
 		if err != nil && (!errors.Is(err, ErrTooLarge) || !errors.Is(err, ErrMalformed)) {
 			t.Errorf("%+v: %v", tt.limits, err)
 		}
+	}
+}
+
+// What an index takes follows its entries, not the bytes of files.
+func TestParserMemory(t *testing.T) {
+	if n := unsafe.Sizeof(Entry{}); n != entryMemory {
+		t.Errorf("an entry takes %d bytes", n)
+	}
+	p := new(Parser)
+	if _, err := p.Feed(manyFiles(t, 1000)); err != nil {
+		t.Fatal(err)
+	}
+	n := int64(len(p.Index()))
+	if m := p.Memory(); m < n*entryMemory || m > 3*n*entryMemory {
+		t.Errorf("%d bytes for %d entries", m, n)
 	}
 }
 
