@@ -13,13 +13,10 @@ import (
 	"nbd/nixproto"
 )
 
-// The tags that separate the hashes of this package from one another and from
-// those of other versions. Raise the number with any change of what is hashed:
-// it makes all stored results unreachable.
-const (
-	keyTag     = "nbd build key 1"
-	closureTag = "nbd closure 1"
-)
+// keyTag separates keys from other hashes and from those of other versions.
+// Raise the number with any change of what is hashed: it makes all stored
+// results unreachable. So does a change of nixproto.ClosureHash.
+const keyTag = "nbd build key 1"
 
 // A Key names a build by everything that its builder sees.
 type Key [sha256.Size]byte
@@ -46,35 +43,12 @@ func ParseKey(s string) (Key, error) {
 }
 
 // A ClosureHash names the contents of a store path together with that of all
-// paths it refers to, directly or not: a Merkle hash over the graph of
-// references.
-type ClosureHash [sha256.Size]byte
+// paths it refers to.
+type ClosureHash = nixproto.ClosureHash
 
-// HashPath returns the closure hash of a path: of its own record and the
-// closure hashes of the paths it refers to, which refs returns. A reference to
-// itself is noted without asking refs. The order of info.References does not
-// matter.
+// HashPath returns the closure hash of a path; see PathInfo.HashClosure.
 func HashPath(info *nixproto.PathInfo, refs func(nixproto.StorePath) (ClosureHash, bool)) (ClosureHash, error) {
-	h := make(hasher, 0, 512)
-	h.str(closureTag)
-	h.str(string(info.Path))
-	h.str(info.NarHash.String())
-	h.num(info.NarSize)
-	h.str(info.CA)
-	sorted := sortedRefs(info)
-	h.num(uint64(len(sorted)))
-	for _, r := range sorted {
-		h.str(string(r))
-		if r == info.Path {
-			continue
-		}
-		sum, ok := refs(r)
-		if !ok {
-			return ClosureHash{}, fmt.Errorf("hash closure of %s: no hash of its reference %s", info.Path, r)
-		}
-		h.raw(sum[:])
-	}
-	return ClosureHash(h.sum()), nil
+	return info.HashClosure(refs)
 }
 
 // sortedRefs returns the references of info in order and each once; that is
@@ -103,6 +77,16 @@ func NewKey(drv *nixproto.Derivation, closure []*nixproto.PathInfo) (Key, error)
 	roots, err := closureRoots(closure)
 	if err != nil {
 		return Key{}, fmt.Errorf("key of %s: %w", drv.Name, err)
+	}
+	return KeyOfRoots(drv, roots)
+}
+
+// KeyOfRoots is NewKey for a closure of which only the roots are given: the
+// closure hashes of those of its paths that no other path of it refers to,
+// ordered by path (store.Sight.InputRoots). They stand for the whole closure.
+func KeyOfRoots(drv *nixproto.Derivation, roots []ClosureHash) (Key, error) {
+	if len(drv.InputDrvs) > 0 {
+		return Key{}, fmt.Errorf("key of %s: inputs are not resolved", drv.Name)
 	}
 	var h hasher
 	h.str(keyTag)
