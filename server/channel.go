@@ -27,6 +27,7 @@ type session struct {
 	ch     gossh.Channel
 	ctx    context.Context // ends when the client is gone or the server closes
 	busy   bool            // a request is being worked on; guarded by server.mu
+	term   terminalSize    // of the client's terminal, if it has one
 }
 
 // handleSession serves one session channel until the client closes it.
@@ -76,13 +77,17 @@ func (ss *session) answerRequests(reqs <-chan *gossh.Request) (done chan struct{
 		case "env":
 			// All are accepted: a client may be set up to send its locale.
 			ok = done == nil && ss.setEnv(req.Payload, &room)
+		case "pty-req":
+			ok = done == nil && ss.term.granted(req.Payload)
+		case "window-change":
+			ok = ss.term.changed(req.Payload)
 		case "exec", "shell":
 			ok = done == nil
 		}
 		if err := req.Reply(ok, nil); err != nil {
 			continue // the channel is closing
 		}
-		if ok && req.Type != "env" {
+		if ok && (req.Type == "exec" || req.Type == "shell") {
 			done = make(chan struct{})
 			go func() {
 				defer close(done)
@@ -153,9 +158,14 @@ func (ss *session) run(req *gossh.Request) {
 	ss.leases = ss.Sight.NewLease()
 	defer func() { ss.leases.Release() }() // of the last lease: a collection begins another
 	ss.Log.Debug("session begins", "proto", cmd.protocol, "key", ss.Client.Fingerprint)
-	if cmd.protocol == serveProtocol {
+	switch cmd.protocol {
+	case serveProtocol:
 		status = serveServe(ss, cmd.write)
-	} else {
+	case shellProtocol:
+		status = ss.runShell(cmd.words)
+	case apiProtocol:
+		status = ss.runAPI(cmd.words)
+	default:
 		status = serveWorker(ss)
 	}
 	ss.Log.Debug("session ends", "status", status)

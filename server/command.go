@@ -13,12 +13,19 @@ type protocol uint8
 const (
 	workerProtocol protocol = iota + 1 // nix-daemon --stdio
 	serveProtocol                      // nix-store --serve
+	shellProtocol                      // shell, or no command
+	apiProtocol                        // api
 )
 
-// String names the protocol as the scheme of a store address.
+// String names the protocol: the scheme of a store address, or the command.
 func (p protocol) String() string {
-	if p == serveProtocol {
+	switch p {
+	case serveProtocol:
 		return "ssh"
+	case shellProtocol:
+		return "shell"
+	case apiProtocol:
+		return "api"
 	}
 	return "ssh-ng"
 }
@@ -26,7 +33,8 @@ func (p protocol) String() string {
 // A command is an exec command that is served.
 type command struct {
 	protocol protocol
-	write    bool // the serve protocol was asked for with --write
+	write    bool     // the serve protocol was asked for with --write
+	words    []string // what follows shell or api
 }
 
 // Exit statuses of refused commands: as a shell has them.
@@ -46,15 +54,22 @@ func (e *refusedCommand) Error() string { return e.msg }
 // maxCommandLen is the longest exec command that is looked at, in bytes.
 const maxCommandLen = 8 << 10
 
-// parseCommand understands the exec commands that Nix clients send. Its error
-// is a *refusedCommand.
+// parseCommand understands the exec commands that are served: those that Nix
+// clients send, shell and api. No command is the shell. Its error is a
+// *refusedCommand.
 func parseCommand(s string) (command, error) {
 	words, err := splitWords(s)
 	if err != nil {
 		return command{}, &refusedCommand{exitError, fmt.Sprintf("cannot read the command: %v", err)}
 	}
 	if len(words) == 0 {
-		return command{}, &refusedCommand{exitNoCommand, "this server has no login shell; it serves Nix clients (nix-daemon --stdio, nix-store --serve --write)"}
+		return command{protocol: shellProtocol}, nil
+	}
+	switch words[0] {
+	case "shell":
+		return command{protocol: shellProtocol, words: words[1:]}, nil
+	case "api":
+		return command{protocol: apiProtocol, words: words[1:]}, nil
 	}
 	switch name := path.Base(words[0]); name {
 	case "nix-daemon":
@@ -62,7 +77,7 @@ func parseCommand(s string) (command, error) {
 	case "nix-store":
 		return parseOptions(command{protocol: serveProtocol}, name, "--serve", words[1:])
 	default:
-		return command{}, &refusedCommand{exitNoCommand, fmt.Sprintf("command %q is not available here; this server serves Nix clients (nix-daemon --stdio, nix-store --serve --write)", clip(name))}
+		return command{}, &refusedCommand{exitNoCommand, fmt.Sprintf("command %q is not available here; this server serves Nix clients (nix-daemon --stdio, nix-store --serve --write), shell and api", clip(name))}
 	}
 }
 

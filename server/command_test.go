@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
 // commandTests has the exec commands that Nix clients were seen to send, and
@@ -32,8 +33,14 @@ var commandTests = []struct {
 	{in: "nix-daemon", status: exitError, says: "nix-daemon --stdio"},
 	{in: "nix-store -r /nix/store/x", status: exitError, says: `"-r"`},
 	{in: "nix-store --write", status: exitError, says: "nix-store --serve"},
-	{in: "", status: exitNoCommand, says: "no login shell"},
-	{in: " \t\n", status: exitNoCommand, says: "no login shell"},
+	{in: "", want: command{protocol: shellProtocol}},
+	{in: " \t\n", want: command{protocol: shellProtocol}},
+	{in: "shell", want: command{protocol: shellProtocol}},
+	{in: "shell settings timeout --set '7 8'", want: command{protocol: shellProtocol, words: []string{"settings", "timeout", "--set", "7 8"}}},
+	{in: "api builds list", want: command{protocol: apiProtocol, words: []string{"builds", "list"}}},
+	{in: "api", want: command{protocol: apiProtocol}},
+	{in: "/bin/shell", status: exitNoCommand, says: `"shell"`},
+	{in: "apis", status: exitNoCommand, says: `"apis"`},
 	{in: "''", status: exitNoCommand, says: `"."`},
 	{in: "uname -a", status: exitNoCommand, says: `"uname"`},
 	{in: "nix-daemon --stdio; id", status: exitError, says: `"--stdio;"`},
@@ -51,8 +58,8 @@ func TestParseCommand(t *testing.T) {
 		t.Run(clip(test.in), func(t *testing.T) {
 			got, err := parseCommand(test.in)
 			if test.status == 0 {
-				if err != nil || got != test.want {
-					t.Errorf("got %+v, %v; want %+v", got, err, test.want)
+				if diff := cmp.Diff(test.want, got, cmp.AllowUnexported(command{}), cmpopts.EquateEmpty()); err != nil || diff != "" {
+					t.Errorf("%v %s", err, diff)
 				}
 				return
 			}

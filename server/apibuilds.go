@@ -1,0 +1,258 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"nbd/store"
+)
+
+// filterFlags select builds.
+var filterFlags = []apiFlag{
+	{"--tags", "K:V,…", "those that have all these tags"},
+	{"--status", "S,…", "those with one of these statuses"},
+	{"--create-time-from", "TIME", "those created then or later (2026-11-30, or 2026-11-30T18:00:00Z)"},
+	{"--create-time-to", "TIME", "those created before"},
+	{"--reused", "", "requests that were answered without a run, too"},
+	{"--limit", "N", "at most so many, the newest"},
+}
+
+// buildCommands are the commands about builds.
+func buildCommands() []apiCommand {
+	return []apiCommand{
+		{name: "builds list", flags: filterFlags, need: BuildRead, run: listBuilds,
+			help: "list builds, the newest first",
+			more: fmt.Sprintf("In the shell the list ends after %d builds; --limit 0 lists all.", shellBuilds),
+			text: listText(buildHead, "no builds", printBuildRow)},
+		{name: "builds show", args: "ID", need: BuildRead, run: showBuild,
+			help: "show one build", text: textOf(printBuild), complete: completeBuild},
+		{name: "builds log", args: "ID", need: BuildRead, run: buildLog,
+			help: "print the log of a build, live while it runs", complete: completeBuild,
+			more: "On a pipe, and with api, the bytes are those that the builder wrote."},
+	}
+}
+
+// shellBuilds is how many builds the shell lists unless it is told.
+const shellBuilds = 50
+
+// buildPage is how many builds are read from the store at once.
+const buildPage = 200
+
+// maxFilterItems bounds the items of one filter.
+const maxFilterItems = 100
+
+// parseFilter reads filterFlags. Its limit is 0 for none.
+func (c *apiCall) parseFilter() (store.BuildFilter, error) {
+	f := store.BuildFilter{}
+	var err error
+	if f.From, err = c.timeFlag("--create-time-from"); err != nil {
+		return f, err
+	}
+	if f.To, err = c.timeFlag("--create-time-to"); err != nil {
+		return f, err
+	}
+	for _, v := range c.flags["--status"] {
+		for _, s := range splitList(v) {
+			if !slices.Contains(buildStatuses, s) {
+				return f, usagef("there is no status %q; there are %s", clip(s), strings.Join(buildStatuses, ", "))
+			}
+			f.Status = append(f.Status, s)
+		}
+	}
+	tags, err := parseTags(c.flags["--tags"])
+	if err != nil {
+		return f, err
+	}
+	if len(f.Status) > maxFilterItems || len(tags) > maxFilterItems {
+		return f, usagef("a filter has more than %d items", maxFilterItems)
+	}
+	if v, ok := c.flag("--limit"); ok {
+		if f.Limit, err = strconv.Atoi(v); err != nil || f.Limit < 0 {
+			return f, usagef("--limit %q is not a number from 0 on", clip(v))
+		}
+	} else if c.text {
+		f.Limit = shellBuilds
+	}
+	reused := c.has("--reused")
+	f.Match = func(b *store.Build) bool { return (reused || isRun(b)) && hasTags(b, tags) }
+	return f, nil
+}
+
+var buildStatuses = []string{store.StatusPending, store.StatusRunning, store.StatusBuilt, store.StatusBuildFailed,
+	store.StatusCancelled, store.StatusTimeout, store.StatusInternalError, store.StatusOutOfMemory,
+	store.StatusMaxMemoryExceeded, store.StatusLogLimit, store.StatusClientDisconnect, store.StatusClientError}
+
+// isRun reports whether a record is of a run of the account, and not of a
+// request that was answered without one.
+func isRun(b *store.Build) bool { return b.ReusedFrom == 0 }
+
+// A tag is what a build was marked with.
+type tag struct{ name, value string }
+
+// parseTags reads lists of NAME:VALUE.
+func parseTags(lists []string) (tags []tag, err error) {
+	for _, list := range lists {
+		for _, item := range splitList(list) {
+			name, value, ok := strings.Cut(item, ":")
+			if !ok || name == "" {
+				return nil, usagef("tag %q is not NAME:VALUE", clip(item))
+			}
+			tags = append(tags, tag{name, value})
+		}
+	}
+	return tags, nil
+}
+
+func hasTags(b *store.Build, tags []tag) bool {
+	for _, t := range tags {
+		if v, ok := b.Tags[t.name]; !ok || v != t.value {
+			return false
+		}
+	}
+	return true
+}
+
+// splitList splits at commas; empty items are dropped.
+func splitList(s string) []string {
+	return slices.DeleteFunc(strings.Split(s, ","), func(item string) bool { return item == "" })
+}
+
+// timeFlag reads a flag that is a time; the zero time if it was not given.
+func (c *apiCall) timeFlag(name string) (time.Time, error) {
+	v, ok := c.flag(name)
+	if !ok {
+		return time.Time{}, nil
+	}
+	for _, layout := range []string{time.RFC3339, "2006-01-02T15:04:05", "2006-01-02"} {
+		if t, err := time.Parse(layout, v); err == nil {
+			return t, nil
+		}
+	}
+	if n, err := strconv.ParseInt(v, 10, 64); err == nil && n >= 0 && n < 1<<40 {
+		return time.Unix(n, 0), nil
+	}
+	return time.Time{}, usagef("%s %q is no time; write it like 2026-11-30 or 2026-11-30T18:00:00Z", name, clip(v))
+}
+
+// builds returns the builds of an account that f selects, the newest first,
+// read page by page.
+func (s *Server) builds(ctx context.Context, a store.AccountID, f store.BuildFilter) apiSeq[*store.Build] {
+	return func(yield func(*store.Build, error) bool) {
+		left := f.Limit
+		for {
+			f.Limit = buildPage
+			if left > 0 {
+				f.Limit = min(left, buildPage)
+			}
+			page, err := s.store.Builds(ctx, a, f)
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+			for i := range page {
+				if !yield(&page[i], nil) {
+					return
+				}
+			}
+			if len(page) < f.Limit || left == len(page) {
+				return
+			}
+			if left > 0 {
+				left -= len(page)
+			}
+			f.Before = page[len(page)-1].ID
+		}
+	}
+}
+
+func listBuilds(ctx context.Context, c *apiCall) (any, error) {
+	f, err := c.parseFilter()
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	return apiSeq[apiBuild](func(yield func(apiBuild, error) bool) {
+		for b, err := range c.server.builds(ctx, c.account(), f) {
+			var o apiBuild
+			if err == nil {
+				o, err = c.server.newAPIBuild(ctx, b, now)
+			}
+			if !yield(o, err) || err != nil {
+				return
+			}
+		}
+	}), nil
+}
+
+// build returns the build of the account that the first argument names.
+func (c *apiCall) build(ctx context.Context) (*store.Build, error) {
+	id, err := strconv.ParseUint(c.args[0], 10, 64)
+	if err != nil {
+		return nil, usagef("%q is not the id of a build, which is a number", clip(c.args[0]))
+	}
+	b, err := c.server.ownBuild(ctx, c.account(), store.BuildID(id))
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, noBuild(store.BuildID(id))
+	}
+	return b, err
+}
+
+// noBuild is the answer about a build that is not there, or not the account's.
+func noBuild(id store.BuildID) error { return notFoundf("there is no build %d", id) }
+
+func showBuild(ctx context.Context, c *apiCall) (any, error) {
+	b, err := c.build(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return c.server.newAPIBuild(ctx, b, time.Now())
+}
+
+func buildLog(ctx context.Context, c *apiCall) (any, error) {
+	b, err := c.build(ctx)
+	if err != nil {
+		return nil, err
+	}
+	log, err := c.server.store.OpenBuildLog(ctx, b.ID)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, notFoundf("build %d has no log", b.ID)
+	}
+	return log, err
+}
+
+const buildHead = "BUILD     CREATED              STATUS               TIME     CPU  DERIVATION"
+
+func printBuildRow(w io.Writer, b apiBuild) error {
+	_, err := fmt.Fprintf(w, "%-8d  %s %-18s %6ss %6ds  %s\n", b.BuildID, b.CreateTime, b.Status,
+		strconv.FormatFloat(b.DurationSeconds, 'f', 1, 64), b.CPUSeconds, strings.TrimPrefix(b.DerivationPath, "/nix/store/"))
+	return err
+}
+
+func printBuild(w io.Writer, b apiBuild) error {
+	rows := [][2]string{
+		{"build", fmt.Sprint(b.BuildID)}, {"derivation", b.DerivationPath}, {"system", b.System},
+		{"status", b.Status}, {"message", b.StatusMessage}, {"created", b.CreateTime.String()},
+	}
+	_, err := fmt.Fprint(w, rows)
+	return err
+}
+
+// completeBuild completes the id of a build.
+func completeBuild(ctx context.Context, c *apiCall, args []string) (ids []string) {
+	if len(args) != 1 || !c.Client.Can(BuildRead) {
+		return nil
+	}
+	for b, err := range c.server.builds(ctx, c.account(), store.BuildFilter{Limit: shellBuilds}) {
+		if err != nil {
+			return nil
+		}
+		ids = append(ids, fmt.Sprint(b.ID))
+	}
+	return ids
+}

@@ -1,0 +1,160 @@
+package server
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+	"strings"
+)
+
+// runAPI runs one command and answers in JSON; it returns the exit status.
+// What is written to stdout is the answer and nothing else.
+func (ss *session) runAPI(words []string) int {
+	fail := func(err error) int {
+		text := apiErrorText(ss.Session, err)
+		if b, jsonErr := apiJSON(apiFailure{text}); jsonErr == nil {
+			_, _ = ss.stderr().Write(append(b, '\n')) // the client may be gone
+		}
+		return apiStatus(err)
+	}
+	if len(words) == 0 {
+		return fail(usagef("api needs a command; `api help` lists all"))
+	}
+	if !ss.begin() {
+		return fail(errEnding)
+	}
+	defer ss.finish()
+	_, v, err := ss.server.call(ss.ctx, ss.Session, words, false)
+	if err == nil {
+		err = writeAnswer(ss.stdout(), v)
+	}
+	if err != nil {
+		return fail(err)
+	}
+	return 0
+}
+
+// runShell runs one command, or those that the client sends, one a line; it
+// returns the exit status: that of the last command that failed.
+func (ss *session) runShell(words []string) int {
+	if len(words) > 0 {
+		return ss.runLine(ss.ctx, ss.stdout(), ss.stderr(), words)
+	}
+	return ss.runLines()
+}
+
+// runLines is the shell on plain pipes.
+func (ss *session) runLines() int {
+	in := bufio.NewReaderSize(ss.ch, maxCommandLen+1)
+	status := 0
+	for {
+		line, err := readLine(in)
+		words, lineErr := []string(nil), error(nil)
+		if errors.Is(err, errLongLine) {
+			lineErr = usagef("a line is longer than %d bytes", maxCommandLen)
+		} else if words, lineErr = splitWords(line); lineErr != nil {
+			lineErr = usagef("cannot read the line: %v", lineErr)
+		}
+		switch {
+		case lineErr != nil:
+			status = ss.shellError(ss.stderr(), lineErr)
+		case len(words) == 1 && isExit(words[0]):
+			return status
+		case len(words) > 0:
+			if st := ss.runLine(ss.ctx, ss.stdout(), ss.stderr(), words); st != 0 {
+				status = st
+			}
+		}
+		if err != nil && !errors.Is(err, errLongLine) {
+			return status // the end, or the client is gone
+		}
+	}
+}
+
+// isExit reports whether a word ends the shell.
+func isExit(word string) bool {
+	return word == "exit" || word == "quit" || word == "logout"
+}
+
+var errLongLine = errors.New("line too long")
+
+// readLine reads a line without its end. One that is too long is passed over:
+// errLongLine.
+func readLine(in *bufio.Reader) (string, error) {
+	line, err := in.ReadSlice('\n')
+	if errors.Is(err, bufio.ErrBufferFull) {
+		for errors.Is(err, bufio.ErrBufferFull) {
+			_, err = in.ReadSlice('\n')
+		}
+		if err == nil {
+			err = errLongLine
+		}
+		return "", err
+	}
+	return strings.TrimRight(string(line), "\r\n"), err
+}
+
+// runLine runs one command of the shell and returns its exit status.
+func (ss *session) runLine(ctx context.Context, stdout, stderr io.Writer, words []string) int {
+	if !ss.begin() {
+		return ss.shellError(stderr, errEnding)
+	}
+	defer ss.finish()
+	cmd, v, err := ss.server.call(ctx, ss.Session, words, true)
+	if err == nil {
+		err = ss.print(stdout, cmd, v)
+	}
+	if err != nil {
+		return ss.shellError(stderr, err)
+	}
+	return 0
+}
+
+// print writes the value of a command as text.
+func (ss *session) print(w io.Writer, cmd *apiCommand, v any) error {
+	if bytes, ok := v.(io.ReadCloser); ok {
+		return ss.printBytes(w, bytes)
+	}
+	clean := newCleanWriter(w, false)
+	out := bufio.NewWriterSize(clean, arrayChunk)
+	err := cmd.text(out, v)
+	return errors.Join(err, out.Flush(), clean.Close())
+}
+
+// printBytes copies bytes; on a terminal only their colours are left of what
+// could control it.
+func (ss *session) printBytes(w io.Writer, from io.ReadCloser) error {
+	defer from.Close()
+	if !ss.isTerminal() {
+		_, err := io.Copy(w, from)
+		return err
+	}
+	clean := newCleanWriter(w, true)
+	_, err := io.Copy(clean, from)
+	return errors.Join(err, clean.Close())
+}
+
+// shellError writes one error and returns the exit status.
+func (ss *session) shellError(stderr io.Writer, err error) int {
+	text := strings.ReplaceAll(apiErrorText(ss.Session, err), "\n", " ")
+	// The client may be gone.
+	_, _ = io.WriteString(newCleanWriter(stderr, false), "nbd: error: "+text+"\n")
+	return apiStatus(err)
+}
+
+// stdout is where answers go. On a terminal lines end as terminals need it.
+func (ss *session) stdout() io.Writer {
+	if ss.isTerminal() {
+		return crlfWriter{ss.ch}
+	}
+	return ss.ch
+}
+
+// stderr is where errors go.
+func (ss *session) stderr() io.Writer {
+	if ss.isTerminal() {
+		return crlfWriter{ss.ch.Stderr()}
+	}
+	return ss.ch.Stderr()
+}

@@ -1,0 +1,161 @@
+package server
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+	"time"
+
+	gossh "golang.org/x/crypto/ssh"
+
+	"nbd/nixproto"
+	"nbd/store"
+)
+
+// addBuild stores the record of a build of an account.
+func (ts *testServer) addBuild(a store.AccountID, change func(*store.Build)) *store.Build {
+	ts.t.Helper()
+	start := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
+	b := &store.Build{Account: a, DrvPath: testDrv, Name: "test", System: "x86_64-linux", Status: store.StatusBuilt,
+		Created: start, Started: start.Add(1500 * time.Millisecond), Stopped: start.Add(11500 * time.Millisecond),
+		CPUs: 2, MemoryMiB: 2048, PeakMemory: 3 << 20, PeakStorage: 4 << 10}
+	if change != nil {
+		change(b)
+	}
+	if err := ts.store.NewBuild(ts.t.Context(), b); err != nil {
+		ts.t.Fatal(err)
+	}
+	return b
+}
+
+// command runs one exec command with its input and returns what it wrote.
+func (ts *testServer) command(key gossh.Signer, line, input string) (stdout, stderr string, status int) {
+	ts.t.Helper()
+	p := ts.exec(ts.dial(key), line)
+	go func() {
+		_, _ = io.WriteString(p.WriteCloser, input)
+		_ = p.WriteCloser.Close()
+	}()
+	out, err := io.ReadAll(p.Reader)
+	if err != nil {
+		ts.t.Fatal(err)
+	}
+	status = p.status(ts.t.(*testing.T))
+	return string(out), p.stderr.String(), status
+}
+
+// api runs an api command that has to succeed and decodes its answer.
+func (ts *testServer) api(key gossh.Signer, line string, answer any) {
+	ts.t.Helper()
+	out, errs, status := ts.command(key, "api "+line, "")
+	if status != 0 || errs != "" {
+		ts.t.Fatalf("%s: status %d, %s", line, status, errs)
+	}
+	if err := json.Unmarshal([]byte(out), answer); err != nil {
+		ts.t.Fatalf("%s: %v in %q", line, err, out)
+	}
+}
+
+// shell runs lines in the shell on pipes.
+func (ts *testServer) shell(key gossh.Signer, lines ...string) (stdout, stderr string, status int) {
+	ts.t.Helper()
+	return ts.command(key, "shell", strings.Join(lines, "\n")+"\n")
+}
+
+// ids are the build ids in an answer of builds list.
+func ids(builds []apiBuild) (s string) {
+	for _, b := range builds {
+		s += fmt.Sprint(b.BuildID, " ")
+	}
+	return strings.TrimSpace(s)
+}
+
+func TestListBuilds(t *testing.T) {
+	ts := newTestServer(t, nil)
+	bob := newKey(t)
+	other := ts.addAccount("bob", bob, nil)
+	day := func(n int) func(*store.Build) {
+		return func(b *store.Build) {
+			b.Created = b.Created.AddDate(0, 0, n)
+			b.Tags = map[string]string{"CASE": fmt.Sprint("c", n%2), "N": fmt.Sprint(n)}
+		}
+	}
+	ts.addBuild(ts.account.ID, day(1)) // 1
+	ts.addBuild(other.ID, day(1))      // 2
+	ts.addBuild(ts.account.ID, day(2)) // 3
+	ts.addBuild(ts.account.ID, func(b *store.Build) { day(3)(b); b.Status = store.StatusBuildFailed })
+	ts.addBuild(ts.account.ID, func(b *store.Build) { day(4)(b); b.ReusedFrom = 1 })
+	for _, test := range []struct{ args, want string }{
+		{"", "4 3 1"},
+		{"--reused", "5 4 3 1"},
+		{"--tags CASE:c1", "4 1"},
+		{"--tags=CASE:c1,N:3", "4"},
+		{"--tags CASE:c1 --tags N:1", "1"},
+		{"--tags CASE:", ""},
+		{"--tags N:1,N:2", ""},
+		{"--status built", "3 1"},
+		{"--status built,build_failed", "4 3 1"},
+		{"--status timeout", ""},
+		{"--limit 2", "4 3"},
+		{"--limit 0", "4 3 1"},
+		{"--create-time-from 2026-11-03", "4 3"},
+		{"--create_time_to 2026-11-03T12:00:00Z", "1"},
+		{"--create-time-from 1793707200 --create-time-to 2026-11-04", "3"},
+	} {
+		var list []apiBuild
+		ts.api(ts.alice, "builds list "+test.args, &list)
+		if got := ids(list); got != test.want {
+			t.Errorf("builds list %s: %q, want %q", test.args, got, test.want)
+		}
+	}
+	for args, says := range map[string]string{
+		"--tags CASE": "NAME:VALUE", "--status done": "there are pending", "--limit x": "--limit", "--limit -1": "--limit",
+		"--create-time-from yesterday": "2026-11-30", "--nonsense": "no option --nonsense", "--tags": "needs a value", "7": "usage: builds list",
+		"--reused=true": "takes no value",
+	} {
+		out, errs, status := ts.command(ts.alice, "api builds list "+args, "")
+		var failure apiFailure
+		if err := json.Unmarshal([]byte(errs), &failure); err != nil || out != "" || status != exitUsage || !strings.Contains(failure.Error, says) {
+			t.Errorf("builds list %s: %d, %q, %q", args, status, out, errs)
+		}
+	}
+}
+
+// TestPages: a list is read in pages, and all of it comes.
+func TestPages(t *testing.T) {
+	ts := newTestServer(t, nil)
+	for range buildPage + 3 {
+		ts.addBuild(ts.account.ID, nil)
+	}
+	for _, limit := range []int{0, 1, buildPage - 1, buildPage, buildPage + 1, 2 * buildPage} {
+		var list []apiBuild
+		ts.api(ts.alice, fmt.Sprintf("builds list --limit %d", limit), &list)
+		want := buildPage + 3
+		if limit > 0 {
+			want = min(limit, want)
+		}
+		if len(list) != want {
+			t.Errorf("limit %d: %d builds, want %d", limit, len(list), want)
+		}
+	}
+}
+
+// TestBuildObject is the golden form of a build.
+func TestBuildObject(t *testing.T) {
+	ts := newTestServer(t, nil)
+	ts.addBuild(ts.account.ID, func(b *store.Build) {
+		b.Outputs = []store.BuildOutput{{Name: "out", Path: "/nix/store/3n58xw4373jp0ljirf06d8077j15pc4j-x", NarHash: nixproto.SumSHA256(nil), NarSize: 120}}
+		b.Tags = map[string]string{"CASE": "x\x1b[2J\u009b"}
+	})
+	out, errs, status := ts.command(ts.alice, "api builds show 1", "")
+	want := `{"build_id":1,"create_time":"2026-11-01T12:00:00Z","start_time":"2026-11-01T12:00:01Z","queue_time_seconds":1.5,"duration_seconds":10,` +
+		`"build_status":"built","status":"built","status_message":"","cpu_count":2,"allocated_megabytes":2048,"cpu_seconds":20,` +
+		`"peak_memory_use_kilobytes":3072,"peak_storage_use_kilobytes":4,"derivation_path":"` + string(testDrv) + `","system":"x86_64-linux",` +
+		`"outputs":[{"name":"out","path":"/nix/store/3n58xw4373jp0ljirf06d8077j15pc4j-x","nar_hash":"sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73","nar_size_bytes":120}],` +
+		`"tags":{"CASE":"x\u001b[2J\u009b"},"restart_of_build_id":null,"restarted_as_build_id":null,"reused_from_build_id":null}` + "\n"
+	if out != want || status != 0 {
+		t.Errorf("status %d %s\n%s\nwant\n%s", status, errs, out, want)
+	}
+}
