@@ -83,8 +83,12 @@ func TestBuild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if res, ok, err := bt.st.Result(t.Context(), key); err != nil || !ok || res.Build != rec.ID || res.Outputs["out"].NarHash != info.NarHash {
-		t.Errorf("result %+v, %v, %v", res, ok, err)
+	ends, err := bt.st.Ends(t.Context(), key, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res := ends.Success; res == nil || res.Build != rec.ID || res.Outputs["out"].NarHash != info.NarHash {
+		t.Errorf("result %+v", res)
 	}
 
 	r, sink = bt.build(req)

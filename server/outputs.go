@@ -401,6 +401,5 @@ func (b *Builds) putResult(ctx context.Context, key reuse.Key, j *job, id store.
 			References: out.info.References, CA: out.info.CA,
 		}
 	}
-	_, err := b.store.PutResult(ctx, key, r)
-	return err
+	return b.store.EndBuild(ctx, nil, store.End{Key: key, Shared: true, Success: r})
 }

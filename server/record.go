@@ -34,7 +34,7 @@ func (b *Builds) newRecord(ctx context.Context, j *job, in *jobInputs, a *attemp
 		return nil
 	}
 	a.before.RestartedAs = a.record.ID
-	return b.store.PutBuild(ctx, a.before)
+	return b.store.WriteBuild(ctx, a.before)
 }
 
 // startRecord says that the attempt runs.
@@ -44,7 +44,7 @@ func (b *Builds) startRecord(ctx context.Context, a *attempt) error {
 	a.record.CPUs = b.cfg.CPUs
 	a.record.MemoryMiB = a.memoryMiB
 	a.record.Generation = b.cfg.Runner.Generation()
-	return b.store.PutBuild(ctx, a.record)
+	return b.store.WriteBuild(ctx, a.record)
 }
 
 // endRecord says how the attempt ended.
@@ -61,5 +61,5 @@ func (b *Builds) endRecord(a *attempt, end *ending, outputs []store.BuildOutput)
 	if a.log != nil {
 		r.LogSize = a.log.size.Load()
 	}
-	return b.store.PutBuild(ctx, r)
+	return b.store.EndBuild(ctx, []*store.Build{r})
 }

@@ -189,12 +189,17 @@ func (c *compressed) Close() error {
 	return c.f.Close()
 }
 
-// OpenBuildLog reads the log of a build from its beginning, byte for byte as
-// it was written. While the log is being written, Read waits for more until
+// OpenBuildLog reads the log of a build (or the one that its record names as
+// its log) from its beginning, byte for byte as it was written. While the log is being written, Read waits for more until
 // it is closed or ctx ends; a log that has ended is io.EOF. ErrNotFound if the
 // build has no log. The caller closes it.
 func (s *Store) OpenBuildLog(ctx context.Context, id BuildID) (io.ReadCloser, error) {
 	r, err := s.openBuildLog(ctx, id)
+	if errors.Is(err, fs.ErrNotExist) {
+		if b, recErr := s.Build(ctx, id); recErr == nil && b.LogOf != 0 {
+			r, err = s.openBuildLog(ctx, b.LogOf)
+		}
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		err = ErrNotFound
 	}

@@ -31,7 +31,8 @@ const (
 	StatusClientError       = "client_error"
 )
 
-// A Build is the record of one run.
+// A Build is the record of one request for a build: of a run, or of a request
+// that was answered without one (Reused).
 type Build struct {
 	ID      BuildID            `json:"id"`
 	Account AccountID          `json:"account"`
@@ -63,11 +64,36 @@ type Build struct {
 
 	RestartOf   BuildID `json:"restartOf,omitempty"`
 	RestartedAs BuildID `json:"restartedAs,omitempty"`
-	ReusedFrom  BuildID `json:"reusedFrom,omitempty"`
+
+	// Reused says that no run was made for this request: its outputs were valid
+	// already, a stored end answered it, or it joined the run of another
+	// request. ReusedFrom is the run that it was answered from, if that is the
+	// account's own and known.
+	Reused     bool    `json:"reused,omitempty"`
+	ReusedFrom BuildID `json:"reusedFrom,omitempty"`
+	// LogOf is the build whose log is that of this one, of whatever account; 0
+	// if it is its own.
+	LogOf BuildID `json:"logOf,omitempty"`
+
+	// CPUSeconds is the CPU time that the account pays for, LimitSeconds what
+	// counts against a monthly limit: that and what it caused to be thrown away.
+	CPUSeconds   int64 `json:"cpuSeconds,omitempty"`
+	LimitSeconds int64 `json:"limitSeconds,omitempty"`
+
+	// Decisions say how the request was answered and why, in the order in which
+	// they were made.
+	Decisions []Decision `json:"decisions,omitempty"`
 
 	// Extra is what the server keeps with the build besides; the store does
 	// not look into it.
 	Extra json.RawMessage `json:"extra,omitempty"`
+}
+
+// A Decision is one check on the way to an answer.
+type Decision struct {
+	Check  string `json:"check"`           // one word: "outputs", "success", "run", …
+	Taken  bool   `json:"taken,omitempty"` // it decided
+	Reason string `json:"reason"`          // one line for a person
 }
 
 // A BuildOutput is one output of a build that succeeded.
@@ -86,64 +112,11 @@ type BuildFilter struct {
 	From, To time.Time // Created within [From, To)
 	Status   []string
 	Before   BuildID // only ids below, for paging
-	Limit    int
+	// Reused selects requests that were answered without a run, too.
+	Reused bool
+	Limit  int
 	// Match, if not nil, has the last word.
 	Match func(*Build) bool
-}
-
-// NewBuild stores a new record of a build; the store sets its ID.
-func (s *Store) NewBuild(ctx context.Context, b *Build) error {
-	err := s.update(func(tx *bolt.Tx) error {
-		id, err := tx.Bucket(bucketBuilds).NextSequence()
-		if err != nil {
-			return err
-		}
-		b.ID = BuildID(id)
-		k := append(idKey(uint64(b.Account)), idKey(id)...)
-		if err := tx.Bucket(bucketBuildIndex).Put(k, nil); err != nil {
-			return err
-		}
-		return putBuild(tx, b)
-	})
-	if err != nil {
-		return fmt.Errorf("store build: %w", err)
-	}
-	return nil
-}
-
-// PutBuild stores a build record over the one with its ID; ErrNotFound if
-// there is none for that account.
-func (s *Store) PutBuild(ctx context.Context, b *Build) error {
-	err := s.update(func(tx *bolt.Tx) error {
-		old, err := getBuild(tx, idKey(uint64(b.ID)))
-		if err == nil && old.Account != b.Account {
-			err = ErrNotFound
-		}
-		if err != nil {
-			return err
-		}
-		return putBuild(tx, b)
-	})
-	if err != nil {
-		return fmt.Errorf("store build %d: %w", b.ID, err)
-	}
-	return nil
-}
-
-// putBuild writes a build, and whether it is live.
-func putBuild(tx *bolt.Tx, b *Build) error {
-	k := idKey(uint64(b.ID))
-	live := tx.Bucket(bucketLive)
-	var err error
-	if b.ended() {
-		err = live.Delete(k)
-	} else {
-		err = live.Put(k, nil)
-	}
-	if err != nil {
-		return err
-	}
-	return putJSON(tx.Bucket(bucketBuilds), k, b)
 }
 
 // getBuild returns the build at a key, or ErrNotFound.
@@ -158,6 +131,10 @@ func getBuild(tx *bolt.Tx, k []byte) (*Build, error) {
 
 // Build returns the record of a build, or ErrNotFound.
 func (s *Store) Build(ctx context.Context, id BuildID) (b *Build, err error) {
+	if rec := s.builds.waiting(id); rec != nil {
+		b = &Build{}
+		return b, decodeJSON(rec, b)
+	}
 	err = s.db.View(func(tx *bolt.Tx) error {
 		b, err = getBuild(tx, idKey(uint64(id)))
 		return err
@@ -168,8 +145,15 @@ func (s *Store) Build(ctx context.Context, id BuildID) (b *Build, err error) {
 	return b, nil
 }
 
+// clockSlack is how much later than its successors a build may say that it was
+// created.
+const clockSlack = time.Hour
+
 // Builds returns the builds of an account that f selects, newest first.
 func (s *Store) Builds(ctx context.Context, a AccountID, f BuildFilter) (list []Build, err error) {
+	if err := s.flushBuilds(); err != nil {
+		return nil, err
+	}
 	err = s.db.View(func(tx *bolt.Tx) error {
 		prefix := idKey(uint64(a))
 		before := f.Before
@@ -177,25 +161,31 @@ func (s *Store) Builds(ctx context.Context, a AccountID, f BuildFilter) (list []
 			before = ^BuildID(0)
 		}
 		c := tx.Bucket(bucketBuildIndex).Cursor()
-		k, _ := c.Seek(append(slices.Clone(prefix), idKey(uint64(before))...))
+		k, v := c.Seek(append(slices.Clone(prefix), idKey(uint64(before))...))
 		if k == nil {
-			k, _ = c.Last()
+			k, v = c.Last()
 		} else {
-			k, _ = c.Prev()
+			k, v = c.Prev()
 		}
-		for ; len(k) == 16 && slices.Equal(k[:8], prefix); k, _ = c.Prev() {
+		for ; len(k) == 16 && slices.Equal(k[:8], prefix); k, v = c.Prev() {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			if len(v) > 0 && !f.Reused {
+				continue
+			}
 			b, err := getBuild(tx, k[8:])
 			if err != nil {
 				return fmt.Errorf("build %d: %w", keyID(k[8:]), err)
+			}
+			if b.Created.Before(f.From.Add(-clockSlack)) {
+				return nil
 			}
 			if f.selects(b) {
 				list = append(list, *b)
 			}
 			if f.Limit > 0 && len(list) == f.Limit {
 				return nil
-			}
-			if err := ctx.Err(); err != nil {
-				return err
 			}
 		}
 		return nil
@@ -227,15 +217,16 @@ func endBuilds(tx *bolt.Tx, now time.Time) error {
 	if err != nil {
 		return err
 	}
+	usage := make(usageChanges)
 	for _, k := range live {
 		b, err := getBuild(tx, k)
 		if err != nil {
 			return fmt.Errorf("build %d: %w", keyID(k), err)
 		}
 		b.Status, b.Error, b.Stopped = StatusInternalError, "the server ended while it ran", now
-		if err := putBuild(tx, b); err != nil {
+		if err := putBuild(tx, b, nil, usage); err != nil {
 			return err
 		}
 	}
-	return nil
+	return usage.put(tx)
 }

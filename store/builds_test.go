@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -35,7 +35,7 @@ func TestBuilds(t *testing.T) {
 		}
 		if i%2 == 0 {
 			b.Status = store.StatusBuilt
-			if err := s.PutBuild(ctx, &b); err != nil {
+			if err := s.WriteBuild(ctx, &b); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -68,11 +68,6 @@ func TestBuilds(t *testing.T) {
 			t.Errorf("%s: %s", tt.name, diff)
 		}
 	}
-	stolen := builds[4]
-	stolen.Account = alice
-	if err := s.PutBuild(ctx, &stolen); !errors.Is(err, store.ErrNotFound) {
-		t.Errorf("bob's build: %v", err)
-	}
 	if _, err := s.Build(ctx, 99); !errors.Is(err, store.ErrNotFound) {
 		t.Errorf("build 99: %v", err)
 	}
@@ -94,25 +89,168 @@ func TestBuilds(t *testing.T) {
 	}
 }
 
-func TestResults(t *testing.T) {
+func TestEnds(t *testing.T) {
 	s := storetest.Open(t)
-	key := [32]byte{1}
-	if _, ok, err := s.Result(ctx, key); ok || err != nil {
-		t.Errorf("%v, %v", ok, err)
+	alice := storetest.Account(t, s, "alice")
+	nar := storetest.File("x", false)
+	x := storetest.Unsigned("x", "x", nar)
+	storetest.Add(t, s, alice, x, nar)
+	key, other := [32]byte{1}, [32]byte{1, 1}
+	success := func(build store.BuildID, hash nixproto.Hash) *store.Result {
+		return &store.Result{Build: build, Account: alice, Outputs: map[string]store.ResultOutput{"out": {Path: x.Path, NarHash: hash, NarSize: 7}}}
 	}
-	first := &store.Result{Build: 1, Account: 1, Outputs: map[string]store.ResultOutput{
-		"out": {Path: storetest.Unsigned("x", "x", nil).Path, NarHash: nixproto.SumSHA256(nil), NarSize: 7},
-	}}
-	if ok, err := s.PutResult(ctx, key, first); !ok || err != nil {
-		t.Errorf("%v, %v", ok, err)
+	put := func(e store.End) {
+		t.Helper()
+		if err := s.EndBuild(ctx, nil, e); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if ok, err := s.PutResult(ctx, key, &store.Result{Build: 2}); ok || err != nil {
-		t.Errorf("%v, %v", ok, err)
+	get := func(key [32]byte, own store.AccountID) *store.Ends {
+		t.Helper()
+		e, err := s.Ends(ctx, key, own)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return e
 	}
-	got, ok, err := s.Result(ctx, key)
-	if !ok || err != nil || got.Build != 1 || !maps.EqualFunc(got.Outputs, first.Outputs, func(a, b store.ResultOutput) bool { return a.Path == b.Path && a.NarHash == b.NarHash }) {
-		t.Errorf("%+v, %v, %v", got, ok, err)
+	if e := get(key, 0); e.Success != nil || len(e.Failures)+len(e.Timeouts) > 0 {
+		t.Errorf("nothing stored: %+v", e)
 	}
+	// Bytes that are gone do not count; those that are there stay.
+	for build, want := range []store.BuildID{1, 2, 3, 3} {
+		hash := nixproto.SumSHA256(nil)
+		if build >= 2 {
+			hash = x.NarHash
+		}
+		put(store.End{Key: key, Shared: true, Success: success(store.BuildID(build+1), hash)})
+		if got := get(key, 0).Success; got == nil || got.Build != want {
+			t.Errorf("after success %d: %+v", build+1, got)
+		}
+	}
+	if e := get(key, alice); e.Success != nil {
+		t.Errorf("a shared end is stored as an own one: %+v", e)
+	}
+	put(store.End{Key: other, Own: alice, Failure: &store.Failure{Build: 5, Message: "m"}, Generation: "a"})
+	put(store.End{Key: key, Own: alice, Shared: true, Failure: &store.Failure{Build: 6}, Generation: "b"})
+	put(store.End{Key: key, Shared: true, Failure: &store.Failure{Build: 7}, Generation: "b"})
+	if e := get(other, alice); e.Failures["a"].Build != 5 || len(get(other, 0).Failures) != 0 {
+		t.Errorf("own failure: %+v", e)
+	}
+	if e := get(key, 0); e.Failures["b"].Build != 7 || e.Success.Build != 3 || get(key, alice).Failures["b"].Build != 6 {
+		t.Errorf("failures: %+v", e)
+	}
+	for i, after := range []time.Duration{5, 9, 3} {
+		put(store.End{Key: key, Shared: true, Kind: store.TimeoutRun, Timeout: &store.Timeout{Failure: store.Failure{Build: store.BuildID(i + 1)}, After: after}})
+	}
+	put(store.End{Key: key, Shared: true, Kind: store.TimeoutSilent, Timeout: &store.Timeout{After: 1}})
+	if e := get(key, 0).Timeouts; e[store.TimeoutRun].Build != 2 || e[store.TimeoutSilent].After != 1 {
+		t.Errorf("timeouts: %+v", e)
+	}
+	if n, err := s.RevokeEnds(ctx, key); n != 2 || err != nil {
+		t.Errorf("revoked %d, %v", n, err)
+	}
+	if e := get(key, 0); e.Success != nil || e.Failures != nil {
+		t.Errorf("after revocation: %+v", e)
+	}
+	if e := get(other, alice); len(e.Failures) != 1 {
+		t.Errorf("a key that begins alike was revoked: %+v", e)
+	}
+}
+
+// What bytes are held is not removed, though nobody has them.
+func TestHold(t *testing.T) {
+	s := storetest.Open(t)
+	alice := storetest.Account(t, s, "alice")
+	nar := storetest.File("x", false)
+	x := storetest.Unsigned("x", "x", nar)
+	storetest.Add(t, s, alice, x, nar)
+	hold, err := s.Hold(x.NarHash)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Delete(ctx, alice, x.Path); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []bool{true, false} {
+		if _, err := s.Sweep(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if ok, err := s.HasBlob(ctx, x.NarHash); ok != want || err != nil {
+			t.Errorf("stored: %v, want %v, %v", ok, want, err)
+		}
+		if want {
+			hold.Release()
+		}
+	}
+}
+
+// Records are visible at once, ids are never used again, and what EndBuild
+// returned from survives a crash.
+func TestBuildWrites(t *testing.T) {
+	dir := t.TempDir()
+	s := storetest.OpenDir(t, dir, store.Config{})
+	alice := storetest.Account(t, s, "alice")
+	created := time.Date(2026, 10, 31, 23, 0, 0, 0, time.UTC)
+	var last store.BuildID
+	write := func(change func(*store.Build)) store.Build {
+		t.Helper()
+		id, err := s.ReserveBuild(ctx)
+		if err != nil || id <= last {
+			t.Fatalf("id %d after %d, %v", id, last, err)
+		}
+		last = id
+		b := store.Build{ID: id, Account: alice, Status: store.StatusRunning, Created: created}
+		change(&b)
+		if err := s.WriteBuild(ctx, &b); err != nil {
+			t.Fatal(err)
+		}
+		got, err := s.Build(ctx, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(b, *got); diff != "" {
+			t.Error(diff)
+		}
+		return b
+	}
+	run := write(func(b *store.Build) {})
+	for range 100 {
+		write(func(b *store.Build) { b.Reused, b.Status = true, store.StatusBuilt })
+	}
+	write(func(b *store.Build) { b.Created = created.Add(2 * time.Hour) }) // another month
+	run.Status, run.CPUSeconds, run.LimitSeconds = store.StatusBuilt, 7, 9
+	run.Started, run.Stopped = created, created.Add(time.Minute)
+	if err := s.EndBuild(ctx, []*store.Build{&run}); err != nil {
+		t.Fatal(err)
+	}
+	want := store.Usage{Builds: 1, Succeeded: 1, Reused: 100, Wall: time.Minute, CPUSeconds: 7, LimitSeconds: 9}
+	check := func() {
+		t.Helper()
+		if got, err := s.Usage(ctx, alice, created); err != nil || got != want {
+			t.Errorf("usage %+v, want %+v, %v", got, want, err)
+		}
+		for reused, n := range map[bool]int{false: 2, true: 102} {
+			if list, err := s.Builds(ctx, alice, store.BuildFilter{Reused: reused}); err != nil || len(list) != n {
+				t.Errorf("%d builds, want %d, %v", len(list), n, err)
+			}
+		}
+	}
+	check()
+	crashed := t.TempDir()
+	if err := os.CopyFS(crashed, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s = storetest.OpenDir(t, dir, store.Config{})
+	if id, err := s.ReserveBuild(ctx); err != nil || id != last+1 {
+		t.Errorf("after a stop in order: id %d after %d, %v", id, last, err)
+	}
+	check()
+	s = storetest.OpenDir(t, crashed, store.Config{})
+	check()
+	write(func(b *store.Build) {})
 }
 
 // TestBuildLog has readers follow a log from different moments on.

@@ -19,7 +19,8 @@ const schemaVersion = 1
 var (
 	// meta: "schema" → uvarint; "clean" if the store was closed in order;
 	// "checkpoint" → segment id and offset, up to where the commits in the
-	// segments are in the database.
+	// segments are in the database; "signed" → the names of public keys that the
+	// bucket of that name was made for.
 	bucketMeta = []byte("meta")
 	// accounts: account id → accountRecord; its sequence gives the ids.
 	bucketAccounts = []byte("accounts")
@@ -27,18 +28,27 @@ var (
 	bucketNames = []byte("names")
 	// keys: SHA-256 of an SSH public key in wire format → keyRecord.
 	bucketKeys = []byte("keys")
+	// settings: an owner, as settings.go encodes it → map of texts by name.
+	bucketSettings = []byte("settings")
+	// tokens: SHA-256 of a token → tokenRecord.
+	bucketTokens = []byte("tokens")
 	// views: account id → the bucket of its view, with the buckets below.
 	bucketViews = []byte("views")
+	// signed: signed.go has its keys → nothing.
+	bucketSigned = []byte("signed")
 	// blobs: SHA-256 of a NAR → blobRecord.
 	bucketBlobs = []byte("blobs")
 	// builds: build id → Build; its sequence gives the ids.
 	bucketBuilds = []byte("builds")
-	// buildindex: account id, build id → nothing.
+	// buildindex: account id, build id → nothing, or 1 for a build that was no
+	// run.
 	bucketBuildIndex = []byte("buildindex")
 	// live: ids of the builds that have not ended → nothing.
 	bucketLive = []byte("live")
-	// results: reuse key → Result.
+	// results: reuse key, account id or nothing → endsRecord.
 	bucketResults = []byte("results")
+	// usage: account id, month → Usage.
+	bucketUsage = []byte("usage")
 )
 
 // The buckets of a view. Store paths are written as base names. There is no
@@ -53,10 +63,15 @@ var (
 	viewRealisations = []byte("realisations")
 )
 
+// viewEpoch is the key, in the bucket of a view, of a number that is raised
+// when the content of a path is replaced: eight bytes, big endian; none is 0.
+var viewEpoch = []byte("epoch")
+
 var (
 	metaSchema     = []byte("schema")
 	metaClean      = []byte("clean")
 	metaCheckpoint = []byte("checkpoint")
+	metaSigned     = []byte("signed")
 )
 
 // initSchema makes the buckets of a new database and checks the version of an
@@ -75,8 +90,8 @@ func initSchema(tx *bolt.Tx) error {
 			return fmt.Errorf("%w: its schema is %d, this nbd knows up to %d", ErrTooNew, v, schemaVersion)
 		}
 	}
-	for _, name := range [][]byte{bucketAccounts, bucketNames, bucketKeys, bucketViews, bucketBlobs,
-		bucketBuilds, bucketBuildIndex, bucketLive, bucketResults} {
+	for _, name := range [][]byte{bucketAccounts, bucketNames, bucketKeys, bucketSettings, bucketTokens, bucketViews, bucketSigned, bucketBlobs,
+		bucketBuilds, bucketBuildIndex, bucketLive, bucketResults, bucketUsage} {
 		if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 			return err
 		}

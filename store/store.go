@@ -12,6 +12,8 @@ import (
 
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
+
+	"nbd/nixproto"
 )
 
 // Errors that callers branch on. They are wrapped with what they are about.
@@ -50,6 +52,10 @@ type Config struct {
 	// free, so that the database can still be written and things deleted;
 	// 64 MiB by default, negative for none.
 	MinFree int64
+	// PublicKeys are the operator's public keys of caches: what is signed by one
+	// of them may be used by every account that trusts it, whoever brought it.
+	// Default: none.
+	PublicKeys []nixproto.PublicKey
 	// Logger takes what an operator acts on; default: discarded.
 	Logger *slog.Logger
 	// Now is the clock; default: time.Now.
@@ -85,7 +91,12 @@ type Store struct {
 	indexes  indexCache
 	leases   leases
 	logs     liveLogs
+	verified verified
+	// publicNames are the names of Config.PublicKeys; fixed by Open.
+	publicNames map[string]bool
+	builds   buildWrites
 	tmpNames atomic.Uint64
+	settings atomic.Pointer[Settings] // replaced with commitMu held
 
 	queueMu sync.Mutex
 	queue   []*commitRequest // waiting for a turn
@@ -99,6 +110,12 @@ type Store struct {
 	pendingMu    sync.RWMutex
 	pending      pending
 	pendingCount atomic.Int64 // of pending, without a lock
+	// flushes counts how often what was pending went into the database. It is
+	// raised when it is there and before it ceases to be pending.
+	flushes atomic.Uint64
+	// removals counts the accounts that were removed, deletions the
+	// transactions that deleted paths.
+	removals, deletions atomic.Uint64
 	flushWake    chan struct{}
 	flushAfter   time.Duration // flushAfter, but in tests
 
@@ -106,10 +123,10 @@ type Store struct {
 	// commitMu. One Sweep runs at a time, with sweepMu held.
 	sweepMu sync.Mutex
 	sweep   *sweep
-	// collection is set while GC runs; guarded by commitMu. One GC runs at a
-	// time, with gcMu held.
-	gcMu       sync.Mutex
-	collection *collection
+	// collections are the deletions and collections under way; guarded by
+	// commitMu. One GC runs at a time, with gcMu held.
+	gcMu        sync.Mutex
+	collections map[*collection]bool
 	// strays are files of blobs that a failed commit may have left.
 	straysMu sync.Mutex
 	strays   map[sum]bool
@@ -134,6 +151,7 @@ func Open(dir string, cfg Config) (*Store, error) {
 		strays:  make(map[sum]bool),
 		closing: make(chan struct{}),
 	}
+	s.setPublicNames()
 	if err := s.open(); err != nil {
 		return nil, fmt.Errorf("open store in %s: %w", dir, err)
 	}
@@ -175,7 +193,7 @@ func (s *Store) Close() error {
 		s.commitMu.Unlock()
 		return nil
 	}
-	err := s.updateLocked(func(tx *bolt.Tx) error {
+	err := s.closeBuildsLocked(func(tx *bolt.Tx) error {
 		return tx.Bucket(bucketMeta).Put(metaClean, []byte{1})
 	})
 	s.closed = true
