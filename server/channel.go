@@ -56,7 +56,7 @@ func (s *Server) handleSession(_ *ssh.Server, sc *gossh.ServerConn, nc gossh.New
 	}
 	id := s.newSessionID()
 	log := s.log.With("client", client.Account.Name, "session", id)
-	ss := &session{Session: &Session{ID: id, Client: client, Env: map[string]string{}, Log: log}, server: s, conn: c, ch: ch}
+	ss := &session{Session: &Session{ID: id, Client: client, Env: map[string]string{}, Log: log, book: s.book}, server: s, conn: c, ch: ch}
 	var end context.CancelFunc
 	ss.ctx, end = context.WithCancel(ctx)
 	defer end()
@@ -148,6 +148,11 @@ func (ss *session) run(req *gossh.Request) {
 		return
 	}
 	defer ss.server.removeSession(ss)
+	if err := ss.setSettings(); err != nil {
+		ss.Log.Info("session refused", "err", err)
+		ss.complain(err.Error())
+		return
+	}
 	ss.proto = cmd.protocol
 	if ss.Sight, err = ss.server.newSight(ss.ctx, ss.Client); err != nil {
 		text, level := explain(ss.Session, err)

@@ -59,6 +59,9 @@ type Config struct {
 	// TrustedKeys are the operator's public keys of caches: a signature in the
 	// name of one of them has to verify.
 	TrustedKeys []nixproto.PublicKey
+	// Settings are the system's by name, as text, under those that are stored
+	// for it. See package settings.
+	Settings map[string]string
 	// TempDir is where large files are put while they arrive; default is the
 	// system's.
 	TempDir string
@@ -133,6 +136,7 @@ type Server struct {
 	auth  authenticator
 	ssh   *ssh.Server
 	gate  *gate
+	book  *settingsBook
 
 	ctx    context.Context // of everything that goes on; ends in Close
 	cancel context.CancelFunc
@@ -164,6 +168,9 @@ func New(cfg Config) (*Server, error) {
 	if err := cfg.fill(); err != nil {
 		return nil, err
 	}
+	if err := checkSystemSettings(cfg.Settings); err != nil {
+		return nil, fmt.Errorf("config: %w", err)
+	}
 	if err := checkCiphers(cfg.Ciphers); err != nil {
 		return nil, err
 	}
@@ -172,6 +179,7 @@ func New(cfg Config) (*Server, error) {
 		store:     cfg.Store,
 		log:       cfg.Logger,
 		auth:      authenticator{accounts: cfg.Store, log: cfg.Logger},
+		book:      newSettingsBook(cfg.Settings, cfg.Store, cfg.Logger),
 		gate:      newGate(cfg.MaxUnauthenticated),
 		listeners: map[net.Listener]struct{}{},
 		conns:     map[*conn]struct{}{},

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 
 	"nbd/nixproto"
+	"nbd/server/settings"
 	"nbd/store"
 )
 
@@ -20,6 +21,9 @@ type Session struct {
 	// Env are the service settings that the client sent for the session
 	// (names that begin with NBD_ or NIXBUILDNET_), as it spelled them.
 	Env map[string]string
+	// Settings are those of all levels down to the session's environment, as
+	// they were when it began; settingsFor has those of a build.
+	Settings settings.Effective
 	// Sight is what the account may use of its own store paths and of others',
 	// fixed for the session.
 	Sight *store.Sight
@@ -31,6 +35,9 @@ type Session struct {
 	// handshake of the worker protocol, by the options of a build in the serve
 	// protocol (where Nix 2.12 to 2.16 cannot be told from newer ones).
 	beforeSelfHash bool
+
+	book        *settingsBook // nil: Settings do not change
+	environment settings.Layer
 
 	proto  protocol
 	leases leases

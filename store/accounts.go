@@ -81,7 +81,7 @@ func (s *Store) addAccount(name string, keys []Key) (a Account, err error) {
 		return a, err
 	}
 	rec := accountRecord{Name: name, Created: s.cfg.Now(), SigningKey: secret.Secret(), PublicKey: secret.Public().String()}
-	err = s.update(func(tx *bolt.Tx) error {
+	err = s.updateSettings(func(tx *bolt.Tx, next *Settings) error {
 		names := tx.Bucket(bucketNames)
 		if names.Get([]byte(name)) != nil {
 			return fmt.Errorf("the name %w, or belonged to an account that was removed", ErrExists)
@@ -91,6 +91,7 @@ func (s *Store) addAccount(name string, keys []Key) (a Account, err error) {
 			return err
 		}
 		a = rec.account(AccountID(id))
+		next.addAccount(a)
 		if err := names.Put([]byte(name), idKey(id)); err != nil {
 			return err
 		}
@@ -110,11 +111,12 @@ func (s *Store) addAccount(name string, keys []Key) (a Account, err error) {
 	return a, err
 }
 
-// RemoveAccount ends an account: its keys, its view, its uploaded logs. Its
+// RemoveAccount ends an account: its keys and tokens, its settings, its view,
+// its uploaded logs. Its
 // builds stay on record; its id and name are not used again. ErrNotFound if
 // there is no such account.
 func (s *Store) RemoveAccount(ctx context.Context, a AccountID) error {
-	err := s.update(func(tx *bolt.Tx) error {
+	err := s.updateSettings(func(tx *bolt.Tx, next *Settings) error {
 		rec, err := getAccount(tx, a)
 		if err != nil {
 			return err
@@ -123,7 +125,7 @@ func (s *Store) RemoveAccount(ctx context.Context, a AccountID) error {
 		if err := putJSON(tx.Bucket(bucketAccounts), idKey(uint64(a)), rec); err != nil {
 			return err
 		}
-		if err := removeKeys(tx, a); err != nil {
+		if err := errors.Join(removeKeys(tx, a), removeTokens(tx, a), removeAccountSettings(tx, next, a)); err != nil {
 			return err
 		}
 		return tx.Bucket(bucketViews).DeleteBucket(idKey(uint64(a)))

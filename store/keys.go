@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -132,10 +133,10 @@ func (s *Store) putKey(tx *bolt.Tx, a AccountID, k Key) (Key, error) {
 	return rec.key(), putJSON(keys, h[:], rec)
 }
 
-// RemoveKey removes the key with that fingerprint and returns whose it was;
+// RemoveKey removes the key with that fingerprint, with its settings, and returns whose it was;
 // ErrNotFound if nobody has it.
 func (s *Store) RemoveKey(ctx context.Context, print string) (a AccountID, err error) {
-	err = s.update(func(tx *bolt.Tx) error {
+	err = s.updateSettings(func(tx *bolt.Tx, next *Settings) error {
 		keys := tx.Bucket(bucketKeys)
 		h, ok := parseFingerprint(print)
 		var rec keyRecord
@@ -148,7 +149,9 @@ func (s *Store) RemoveKey(ctx context.Context, print string) (a AccountID, err e
 			return fmt.Errorf("key %q: %w", print, ErrNotFound)
 		}
 		a = rec.Account
-		return keys.Delete(h)
+		o := SettingsOwner{a, print}
+		next.put(o, nil)
+		return errors.Join(putSettings(tx, o, nil), keys.Delete(h))
 	})
 	if err != nil {
 		return 0, fmt.Errorf("remove key: %w", err)

@@ -32,6 +32,11 @@ func (s *Store) recover() error {
 		if err := initSchema(tx); err != nil {
 			return err
 		}
+		settings, err := loadSettings(tx)
+		if err != nil {
+			return err
+		}
+		s.settings.Store(settings)
 		meta := tx.Bucket(bucketMeta)
 		clean = meta.Get(metaClean) != nil
 		if done, err = checkpoint(tx); err != nil {
@@ -52,7 +57,11 @@ func (s *Store) recover() error {
 		// All is known, in memory; a full disk must not keep it from being
 		// read or deleted.
 		s.log.Error("write recovered commits to the database", "error", err)
+		for k := range s.pending.paths { // it may replace what is there
+			s.pending.replaced[k.account] = true
+		}
 	}
+	s.openIndex()
 	if clean {
 		return nil
 	}
@@ -186,7 +195,7 @@ func (s *Store) replayCommit(seg *segment, off int64, f frame, ends map[uint64]i
 			ends[at.segment] = max(ends[at.segment], padded(at.offset+at.stored()))
 		}
 	}
-	s.pending.add(*x, place{})
+	s.pending.add(*x, place{}, s.publicNames)
 	return true, nil
 }
 
