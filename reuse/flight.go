@@ -3,6 +3,7 @@ package reuse
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 )
 
@@ -22,8 +23,9 @@ type FlightID struct {
 }
 
 // Flights joins requests for the same build while it is under way: the first
-// request starts a flight, the others wait for it. E is what a flight tells
-// those who wait, from its beginning to each of them; R is how it ends.
+// request starts a flight, the others wait for it. M is what a flight knows of
+// one who waits, E what it tells them, from its beginning to each, and R how it
+// ends.
 //
 //	           Join                    land
 //	(nothing) ──────▶ under way ─────────────────▶ landed
@@ -34,76 +36,102 @@ type FlightID struct {
 // time to end; a request that comes meanwhile starts a new one.
 //
 // Methods are safe for concurrent use. A Flights is made by NewFlights.
-type Flights[E, R any] struct {
+type Flights[M, E, R any] struct {
 	ctx    context.Context // of all flights; values from NewFlights' caller
 	cancel context.CancelCauseFunc
+	done   func(R)
 	wg     sync.WaitGroup // one for each flight's goroutine
 
 	mu      sync.Mutex // guards the fields below, and those of every Flight
 	closed  bool
-	flights map[FlightID]*Flight[E, R] // those that can be joined
+	flights map[FlightID]*Flight[M, E, R] // those that can be joined
 }
 
 // NewFlights returns an empty group. When ctx ends all flights are cancelled.
-func NewFlights[E, R any](ctx context.Context) *Flights[E, R] {
-	g := &Flights[E, R]{flights: make(map[FlightID]*Flight[E, R])}
+// Done, if not nil, is called with the result of each flight once it has landed
+// and everybody who waited has left.
+func NewFlights[M, E, R any](ctx context.Context, done func(R)) *Flights[M, E, R] {
+	g := &Flights[M, E, R]{done: done, flights: make(map[FlightID]*Flight[M, E, R])}
 	g.ctx, g.cancel = context.WithCancelCause(ctx)
 	return g
 }
 
 // A Flight is one build under way, seen by the function that runs it.
-type Flight[E, R any] struct {
-	group  *Flights[E, R]
+type Flight[M, E, R any] struct {
+	group  *Flights[M, E, R]
 	id     FlightID
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 
 	// Guarded by group.mu:
-	waiters int
+	waiters []*Waiter[M, E, R] // in the order in which they came
 	events  []E
 	landed  bool
 	result  R
 	changed chan struct{} // closed when events grow or the flight lands; nil if nobody waits
+	others  chan struct{} // closed when waiters change; nil if nobody asked
 }
 
 // Join waits for the flight with that id, and starts it if there is none: run
-// is called in a goroutine of its own and returns the flight's result. Every
-// Waiter must be ended with Leave. Started tells whether this call started it.
-// After Close it returns ErrClosed.
-func (g *Flights[E, R]) Join(id FlightID, run func(*Flight[E, R]) R) (w *Waiter[E, R], started bool, err error) {
+// is called in a goroutine of its own and returns the flight's result. With a
+// nil run it starts nothing, and w is nil if there is no such flight. Every
+// Waiter must be ended with Leave. Started tells whether this call started the
+// flight. After Close it returns ErrClosed.
+func (g *Flights[M, E, R]) Join(id FlightID, m M, run func(*Flight[M, E, R]) R) (w *Waiter[M, E, R], started bool, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.closed {
 		return nil, false, ErrClosed
 	}
 	f := g.flights[id]
-	if f == nil {
-		started = true
-		f = &Flight[E, R]{group: g, id: id}
-		f.ctx, f.cancel = context.WithCancelCause(g.ctx)
-		g.flights[id] = f
-		g.wg.Go(func() { f.land(run(f)) })
+	switch {
+	case f != nil:
+		return f.joinLocked(m), false, nil
+	case run == nil:
+		return nil, false, nil
 	}
-	f.waiters++
-	return &Waiter[E, R]{flight: f}, started, nil
+	f = &Flight[M, E, R]{group: g, id: id}
+	g.flights[id] = f
+	return f.startLocked(m, run), true, nil
 }
 
 // Start starts a flight that nobody else can join.
-func (g *Flights[E, R]) Start(run func(*Flight[E, R]) R) (*Waiter[E, R], error) {
+func (g *Flights[M, E, R]) Start(m M, run func(*Flight[M, E, R]) R) (*Waiter[M, E, R], error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.closed {
 		return nil, ErrClosed
 	}
-	f := &Flight[E, R]{group: g, waiters: 1}
-	f.ctx, f.cancel = context.WithCancelCause(g.ctx)
-	g.wg.Go(func() { f.land(run(f)) })
-	return &Waiter[E, R]{flight: f}, nil
+	f := &Flight[M, E, R]{group: g}
+	return f.startLocked(m, run), nil
+}
+
+// startLocked starts the goroutine of a new flight, with its first waiter.
+func (f *Flight[M, E, R]) startLocked(m M, run func(*Flight[M, E, R]) R) *Waiter[M, E, R] {
+	f.ctx, f.cancel = context.WithCancelCause(f.group.ctx)
+	w := f.joinLocked(m)
+	f.group.wg.Go(func() { f.land(run(f)) })
+	return w
+}
+
+func (f *Flight[M, E, R]) joinLocked(m M) *Waiter[M, E, R] {
+	w := &Waiter[M, E, R]{flight: f, member: m}
+	f.waiters = append(f.waiters, w)
+	f.othersLocked()
+	return w
+}
+
+// othersLocked tells that the waiters changed.
+func (f *Flight[M, E, R]) othersLocked() {
+	if f.others != nil {
+		close(f.others)
+		f.others = nil
+	}
 }
 
 // Drain refuses new flights and waits until those under way have landed, or
 // until ctx ends.
-func (g *Flights[E, R]) Drain(ctx context.Context) error {
+func (g *Flights[M, E, R]) Drain(ctx context.Context) error {
 	g.mu.Lock()
 	g.closed = true
 	g.mu.Unlock()
@@ -118,7 +146,7 @@ func (g *Flights[E, R]) Drain(ctx context.Context) error {
 }
 
 // Close refuses new flights, cancels those under way and waits for their end.
-func (g *Flights[E, R]) Close() {
+func (g *Flights[M, E, R]) Close() {
 	g.mu.Lock()
 	g.closed = true
 	g.mu.Unlock()
@@ -128,39 +156,50 @@ func (g *Flights[E, R]) Close() {
 
 // Context is cancelled when the flight's result is no longer wanted; its cause
 // is that of the last Leave, or ErrClosed, or that of the group's context.
-func (f *Flight[E, R]) Context() context.Context { return f.ctx }
+func (f *Flight[M, E, R]) Context() context.Context { return f.ctx }
 
 // Tell adds an event, which everybody who waits or joins later receives.
-func (f *Flight[E, R]) Tell(e E) {
+func (f *Flight[M, E, R]) Tell(e E) {
 	f.group.mu.Lock()
 	defer f.group.mu.Unlock()
 	f.events = append(f.events, e)
 	f.wakeLocked()
 }
 
-// Waiters returns how many wait now.
-func (f *Flight[E, R]) Waiters() int {
+// Members returns those who wait now, in the order in which they came, and a
+// channel that is closed when that changes.
+func (f *Flight[M, E, R]) Members() (members []M, changed <-chan struct{}) {
 	f.group.mu.Lock()
 	defer f.group.mu.Unlock()
-	return f.waiters
+	for _, w := range f.waiters {
+		members = append(members, w.member)
+	}
+	if f.others == nil {
+		f.others = make(chan struct{})
+	}
+	return members, f.others
 }
 
-func (f *Flight[E, R]) land(r R) {
+func (f *Flight[M, E, R]) land(r R) {
 	f.group.mu.Lock()
 	f.landed, f.result = true, r
 	f.leaveMapLocked()
 	f.wakeLocked()
+	left := len(f.waiters) == 0
 	f.group.mu.Unlock()
 	f.cancel(nil)
+	if left && f.group.done != nil {
+		f.group.done(r)
+	}
 }
 
-func (f *Flight[E, R]) leaveMapLocked() {
+func (f *Flight[M, E, R]) leaveMapLocked() {
 	if f.group.flights[f.id] == f {
 		delete(f.group.flights, f.id)
 	}
 }
 
-func (f *Flight[E, R]) wakeLocked() {
+func (f *Flight[M, E, R]) wakeLocked() {
 	if f.changed != nil {
 		close(f.changed)
 		f.changed = nil
@@ -168,16 +207,22 @@ func (f *Flight[E, R]) wakeLocked() {
 }
 
 // A Waiter is one request's place in a flight. It is used by one goroutine.
-type Waiter[E, R any] struct {
-	flight *Flight[E, R]
+type Waiter[M, E, R any] struct {
+	flight *Flight[M, E, R]
+	member M
 	seen   int
-	left   bool
+}
+
+// Members returns those who wait now for the same flight.
+func (w *Waiter[M, E, R]) Members() []M {
+	members, _ := w.flight.Members()
+	return members
 }
 
 // Next returns the next event, beginning with the flight's first. At the end,
 // when all events were returned, ok is false and r is the result. It waits for
 // whichever comes, until ctx ends; its error is ctx's cause then.
-func (w *Waiter[E, R]) Next(ctx context.Context) (e E, r R, ok bool, err error) {
+func (w *Waiter[M, E, R]) Next(ctx context.Context) (e E, r R, ok bool, err error) {
 	f := w.flight
 	for {
 		f.group.mu.Lock()
@@ -208,21 +253,29 @@ func (w *Waiter[E, R]) Next(ctx context.Context) (e E, r R, ok bool, err error) 
 
 // Leave ends the waiting. If nobody else waits and the flight has not landed,
 // it is cancelled and can no longer be joined; why is the cause, ErrAbandoned
-// if it is nil. Calling Leave again does nothing.
-func (w *Waiter[E, R]) Leave(why error) {
+// if it is nil. GoesOn tells whether the flight is under way without this
+// waiter. Calling Leave again does nothing.
+func (w *Waiter[M, E, R]) Leave(why error) (goesOn bool) {
 	f := w.flight
 	f.group.mu.Lock()
-	defer f.group.mu.Unlock()
-	if w.left {
-		return
+	i := slices.Index(f.waiters, w)
+	if i < 0 {
+		f.group.mu.Unlock()
+		return false
 	}
-	w.left = true
-	f.waiters--
-	if f.waiters == 0 && !f.landed {
+	f.waiters = slices.Delete(f.waiters, i, i+1)
+	f.othersLocked()
+	last, landed := len(f.waiters) == 0, f.landed
+	if last && !landed {
 		f.leaveMapLocked()
 		if why == nil {
 			why = ErrAbandoned
 		}
 		f.cancel(why)
 	}
+	f.group.mu.Unlock()
+	if last && landed && f.group.done != nil {
+		f.group.done(f.result)
+	}
+	return !last && !landed
 }

@@ -10,12 +10,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-type flight = Flight[string, int]
+type flight = Flight[string, string, int]
 
 var id1 = FlightID{Scope: 1, Key: Key{1}}
 
 // all receives every event and the result.
-func all(t *testing.T, w *Waiter[string, int]) (events []string, r int) {
+func all(t *testing.T, w *Waiter[string, string, int]) (events []string, r int) {
 	t.Helper()
 	for {
 		e, r, ok, err := w.Next(t.Context())
@@ -29,9 +29,9 @@ func all(t *testing.T, w *Waiter[string, int]) (events []string, r int) {
 	}
 }
 
-func mustJoin(t *testing.T, g *Flights[string, int], id FlightID, run func(*flight) int) (*Waiter[string, int], bool) {
+func mustJoin(t *testing.T, g *Flights[string, string, int], id FlightID, run func(*flight) int) (*Waiter[string, string, int], bool) {
 	t.Helper()
-	w, started, err := g.Join(id, run)
+	w, started, err := g.Join(id, "", run)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -39,7 +39,7 @@ func mustJoin(t *testing.T, g *Flights[string, int], id FlightID, run func(*flig
 }
 
 func TestFlightTellsEachWaiterFromTheBeginning(t *testing.T) {
-	g := NewFlights[string, int](t.Context())
+	g := NewFlights[string, string, int](t.Context(), nil)
 	defer g.Close()
 	told, land := make(chan struct{}), make(chan struct{})
 	run := func(f *flight) int {
@@ -64,7 +64,7 @@ func TestFlightTellsEachWaiterFromTheBeginning(t *testing.T) {
 		t.Error("another scope joined")
 	}
 	close(land)
-	for _, w := range []*Waiter[string, int]{w1, w2} {
+	for _, w := range []*Waiter[string, string, int]{w1, w2} {
 		events, r := all(t, w)
 		if diff := cmp.Diff([]string{"one", "two", "three"}, events); diff != "" || r != 7 {
 			t.Errorf("result %d, events: %s", r, diff)
@@ -78,7 +78,7 @@ func TestFlightTellsEachWaiterFromTheBeginning(t *testing.T) {
 }
 
 func TestLeavingDoesNotEndItForOthers(t *testing.T) {
-	g := NewFlights[string, int](t.Context())
+	g := NewFlights[string, string, int](t.Context(), nil)
 	defer g.Close()
 	land := make(chan struct{})
 	run := func(f *flight) int {
@@ -101,7 +101,7 @@ func TestLeavingDoesNotEndItForOthers(t *testing.T) {
 }
 
 func TestLastOneToLeaveCancels(t *testing.T) {
-	g := NewFlights[string, int](t.Context())
+	g := NewFlights[string, string, int](t.Context(), nil)
 	defer g.Close()
 	ended, release := make(chan error), make(chan struct{})
 	w1, _ := mustJoin(t, g, id1, func(f *flight) int {
@@ -129,7 +129,7 @@ func TestLastOneToLeaveCancels(t *testing.T) {
 }
 
 func TestNextEndsWithItsContext(t *testing.T) {
-	g := NewFlights[string, int](t.Context())
+	g := NewFlights[string, string, int](t.Context(), nil)
 	defer g.Close()
 	w, _ := mustJoin(t, g, id1, func(f *flight) int { <-f.Context().Done(); return 0 })
 	defer w.Leave(nil)
@@ -142,10 +142,10 @@ func TestNextEndsWithItsContext(t *testing.T) {
 }
 
 func TestStartIsNotJoined(t *testing.T) {
-	g := NewFlights[string, int](t.Context())
+	g := NewFlights[string, string, int](t.Context(), nil)
 	defer g.Close()
 	land := make(chan struct{})
-	w1, err := g.Start(func(*flight) int { <-land; return 1 })
+	w1, err := g.Start("", func(*flight) int { <-land; return 1 })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -165,7 +165,7 @@ func TestStartIsNotJoined(t *testing.T) {
 }
 
 func TestDrainAndClose(t *testing.T) {
-	g := NewFlights[string, int](t.Context())
+	g := NewFlights[string, string, int](t.Context(), nil)
 	land := make(chan struct{})
 	w, _ := mustJoin(t, g, id1, func(f *flight) int {
 		select {
@@ -183,10 +183,10 @@ func TestDrainAndClose(t *testing.T) {
 	if err := g.Drain(short); err == nil {
 		t.Error("Drain ended before the flight")
 	}
-	if _, _, err := g.Join(id1, nil); !errors.Is(err, ErrClosed) {
+	if _, _, err := g.Join(id1, "", nil); !errors.Is(err, ErrClosed) {
 		t.Errorf("join while draining: %v", err)
 	}
-	if _, err := g.Start(nil); !errors.Is(err, ErrClosed) {
+	if _, err := g.Start("", nil); !errors.Is(err, ErrClosed) {
 		t.Errorf("start while draining: %v", err)
 	}
 	g.Close()
@@ -202,7 +202,7 @@ func TestDrainAndClose(t *testing.T) {
 // Many come and go; each who stays gets the result of a flight that ran, and
 // no two flights with one id run at once unless the first was cancelled.
 func TestFlightsUnderLoad(t *testing.T) {
-	g := NewFlights[string, int](t.Context())
+	g := NewFlights[string, string, int](t.Context(), nil)
 	defer g.Close()
 	var running atomic.Int32
 	run := func(f *flight) int {
@@ -219,7 +219,7 @@ func TestFlightsUnderLoad(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 200 {
 		wg.Go(func() {
-			w, _, err := g.Join(id1, run)
+			w, _, err := g.Join(id1, "", run)
 			if err != nil {
 				t.Error(err)
 				return
@@ -242,4 +242,46 @@ func TestFlightsUnderLoad(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+func TestFlightKnowsWhoWaits(t *testing.T) {
+	var done []int
+	g := NewFlights[string, string, int](t.Context(), func(r int) { done = append(done, r) })
+	defer g.Close()
+	if w, started, err := g.Join(id1, "nobody", nil); w != nil || started || err != nil {
+		t.Errorf("joined what is not there: %v, %v, %v", w, started, err)
+	}
+	flights, land := make(chan *flight, 1), make(chan struct{})
+	w1, _, err := g.Join(id1, "one", func(f *flight) int { flights <- f; <-land; return 5 })
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := <-flights
+	_, changed := f.Members()
+	w2, _, err := g.Join(id1, "two", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-changed
+	members, changed := f.Members()
+	if diff := cmp.Diff([]string{"one", "two"}, members); diff != "" {
+		t.Error(diff)
+	}
+	if !w1.Leave(nil) || w1.Leave(nil) {
+		t.Error("the flight goes on when the first one leaves, who leaves once")
+	}
+	<-changed
+	if diff := cmp.Diff([]string{"two"}, w2.Members()); diff != "" {
+		t.Error(diff)
+	}
+	close(land)
+	if _, r := all(t, w2); r != 5 || done != nil {
+		t.Errorf("result %d; told of the end %v while somebody is there", r, done)
+	}
+	if w2.Leave(nil) {
+		t.Error("a flight that landed goes on")
+	}
+	if diff := cmp.Diff([]int{5}, done); diff != "" {
+		t.Error(diff)
+	}
 }

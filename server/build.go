@@ -75,7 +75,7 @@ type Builds struct {
 	cfg     BuildsConfig
 	store   *store.Store
 	queue   *queue
-	flights *reuse.Flights[flightEvent, *ending]
+	flights *reuse.Flights[*request, flightEvent, *ending]
 	drvs    drvMemos
 }
 
@@ -114,7 +114,7 @@ func NewBuilds(ctx context.Context, cfg BuildsConfig) (*Builds, error) {
 		cfg:     cfg,
 		store:   cfg.Store,
 		queue:   newQueue(cfg.Room),
-		flights: reuse.NewFlights[flightEvent, *ending](ctx),
+		flights: reuse.NewFlights[*request, flightEvent, *ending](ctx, nil),
 		drvs:    drvMemos{accounts: make(map[store.AccountID]*drvMemo)},
 	}, nil
 }
@@ -272,9 +272,9 @@ func (b *Builds) fly(ctx context.Context, j *job, log LogSink) (*ending, error) 
 		var w *waiter
 		var started bool
 		if j.mode == nixproto.BuildNormal {
-			w, started, err = b.flights.Join(reuse.FlightID{Scope: uint64(j.account), Key: inputs.key}, run)
+			w, started, err = b.flights.Join(reuse.FlightID{Scope: uint64(j.account), Key: inputs.key}, nil, run)
 		} else {
-			w, err = b.flights.Start(run)
+			w, err = b.flights.Start(nil, run)
 			started = true
 		}
 		if errors.Is(err, reuse.ErrClosed) {

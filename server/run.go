@@ -23,8 +23,8 @@ import (
 //	      └────── transient, or more memory may help ◀──────┘
 
 type (
-	flight = reuse.Flight[flightEvent, *ending]
-	waiter = reuse.Waiter[flightEvent, *ending]
+	flight = reuse.Flight[*request, flightEvent, *ending]
+	waiter = reuse.Waiter[*request, flightEvent, *ending]
 )
 
 // A flightEvent is what a flight tells those who wait for it; one field is set.
