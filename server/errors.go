@@ -46,6 +46,8 @@ func explain(s *Session, err error) (text string, level slog.Level) {
 		return printable(value.Error()), slog.LevelDebug
 	case errors.As(err, &unknown):
 		return unknown.Error() + " by this server", slog.LevelInfo
+	case errors.Is(err, store.ErrBusy):
+		return printable(err.Error()), slog.LevelWarn
 	case errors.Is(err, store.ErrInvalid), errors.Is(err, store.ErrInUse):
 		return printable(err.Error()), slog.LevelInfo
 	case errors.Is(err, store.ErrNotFound):
@@ -86,7 +88,7 @@ func failedResult(s *Session, err error) *nixproto.BuildResult {
 	text, level := explain(s, err)
 	s.Log.Log(context.Background(), level, "build request failed", "err", err)
 	status := nixproto.MiscFailure
-	if level >= slog.LevelError || errors.Is(err, errEnding) {
+	if level >= slog.LevelWarn || errors.Is(err, errEnding) {
 		status = nixproto.TransientFailure
 	}
 	return &nixproto.BuildResult{Status: status, Error: text}

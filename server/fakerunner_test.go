@@ -227,7 +227,7 @@ func (bt *buildTest) text(name, text string, refs []nixproto.StorePath) store.Re
 	if err != nil {
 		bt.t.Fatal(err)
 	}
-	staged, err := bt.st.Stage(bt.t.Context())
+	staged, err := bt.st.Stage(bt.t.Context(), bt.session.account())
 	if err != nil {
 		bt.t.Fatal(err)
 	}

@@ -1,10 +1,7 @@
 package server
 
 import (
-	"io"
-
 	"nbd/nixproto"
-	"nbd/nixproto/nar"
 	"nbd/store"
 )
 
@@ -52,7 +49,7 @@ func (c *serveConn) importPaths() (nixproto.Response, error) {
 
 // importPath stages one path of an import stream.
 func (c *serveConn) importPath() (_ store.Registration, err error) {
-	staged, err := c.server.store.Stage(c.ctx)
+	staged, err := c.server.store.Stage(c.ctx, c.Client.Account.ID)
 	if err != nil {
 		return store.Registration{}, err
 	}
@@ -61,7 +58,7 @@ func (c *serveConn) importPath() (_ store.Registration, err error) {
 			staged.Discard()
 		}
 	}()
-	if err := copyNAR(staged, c.r); err != nil {
+	if err := staged.ReadNAR(c.r); err != nil {
 		return store.Registration{}, err
 	}
 	if err := staged.Finish(); err != nil {
@@ -73,27 +70,4 @@ func (c *serveConn) importPath() (_ store.Registration, err error) {
 	}
 	c.Keep(info.Path)
 	return store.Registration{Info: *info, Staged: staged}, nil
-}
-
-// copyNAR copies exactly one NAR, whose end only its own structure tells.
-func copyNAR(w io.Writer, src nixproto.Source) error {
-	p := nar.NewParser(nar.Limits{})
-	for !p.Done() {
-		b, err := src.Peek()
-		if err == io.EOF {
-			err = io.ErrUnexpectedEOF
-		}
-		if err != nil {
-			return err
-		}
-		n, err := p.Feed(b)
-		if err != nil {
-			return refusef("malformed NAR: %v", err)
-		}
-		if _, err := w.Write(b[:n]); err != nil {
-			return err
-		}
-		src.Discard(n)
-	}
-	return nil
 }

@@ -241,7 +241,7 @@ func address(o *producedOutput, method nixproto.CAMethod, algo nixproto.HashAlgo
 
 // rewrite replaces an output by a copy with other paths in it.
 func (b *Builds) rewrite(ctx context.Context, o *producedOutput, rewrites map[nixproto.StorePath]nixproto.StorePath) error {
-	staged, err := b.store.Stage(ctx)
+	staged, err := b.store.Stage(ctx, o.account)
 	if err != nil {
 		return err
 	}

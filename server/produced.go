@@ -31,7 +31,8 @@ type produced struct {
 
 // A producedOutput is one output of a run.
 type producedOutput struct {
-	name string
+	name    string
+	account store.AccountID // whose build it is
 	// seen is the path at which the builder makes it: the final one if that is
 	// known, else a scratch path.
 	seen    nixproto.StorePath
@@ -66,7 +67,7 @@ func (b *Builds) newProduced(j *job, in *jobInputs) (*produced, error) {
 				return nil, err
 			}
 		}
-		p.outs[name] = &producedOutput{name: name, seen: seen, discard: string(discard[name]) == "true"}
+		p.outs[name] = &producedOutput{name: name, account: j.account, seen: seen, discard: string(discard[name]) == "true"}
 		p.candidates = append(p.candidates, seen)
 	}
 	return p, nil
@@ -116,7 +117,7 @@ func (p *produced) Create(ctx context.Context, name string) (vm.OutputWriter, er
 	if out == nil || out.staged != nil {
 		return nil, fmt.Errorf("take output %q: not expected", name)
 	}
-	staged, err := p.store.Stage(ctx)
+	staged, err := p.store.Stage(ctx, out.account)
 	if err != nil {
 		return nil, fmt.Errorf("take output %q: %w", name, err)
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"nbd/nixproto"
+	"nbd/nixproto/nar"
 )
 
 // serveDo is ServeClient.Do for a command that has to succeed.
@@ -111,6 +112,26 @@ func TestServeExportImport(t *testing.T) {
 	if p.stderr.String() != "" {
 		t.Error(p.stderr)
 	}
+}
+
+// copyNAR copies exactly one NAR.
+func copyNAR(w io.Writer, src nixproto.Source) error {
+	p := new(nar.Parser)
+	for !p.Done() {
+		b, err := src.Peek()
+		if err != nil {
+			return err
+		}
+		n, err := p.Feed(b)
+		if err != nil {
+			return err
+		}
+		if _, err := w.Write(b[:n]); err != nil {
+			return err
+		}
+		src.Discard(n)
+	}
+	return nil
 }
 
 // TestServeRefusals: an error is one line on stderr and exit status 1.

@@ -240,7 +240,7 @@ func (w *worker) addToStore(q *nixproto.AddToStore, stream *nixproto.FramedReade
 	if method == nixproto.CAGit {
 		return nil, refusef("cannot add %q: git hashing is not supported by this server", q.Name)
 	}
-	staged, err := w.server.store.Stage(w.ctx)
+	staged, err := w.server.store.Stage(w.ctx, w.Client.Account.ID)
 	if err != nil {
 		return nil, err
 	}

@@ -26,6 +26,8 @@ type burst struct {
 	lease  *Lease // on the paths and on what they refer to
 	pinned []sum
 	req    commitRequest
+	hold   *Hold // of known
+	known  int64 // bytes that what is known of added takes
 	added  map[nixproto.StorePath]*record
 	blobs  map[sum]bool         // in req
 	files  []placedFile         // not placed yet
@@ -43,7 +45,7 @@ type placedFile struct {
 }
 
 func (s *Store) newBurst(a AccountID) *burst {
-	b := &burst{s: s, lease: s.NewLease(a), added: make(map[nixproto.StorePath]*record), blobs: make(map[sum]bool)}
+	b := &burst{s: s, lease: s.NewLease(a), hold: s.NewHold(a), added: make(map[nixproto.StorePath]*record), blobs: make(map[sum]bool)}
 	b.req.account = a
 	return b
 }
@@ -87,10 +89,22 @@ func (b *burst) missing(r *record) (nixproto.StorePath, error) {
 	return b.s.missing(b.req.account, others)
 }
 
+// pathMemory is what a path of a burst takes beside its record's strings: the
+// record, its places in maps and lists, its blob, lease and pin.
+const pathMemory = 1 << 10
+
 // addPath adds the record of a path.
-func (b *burst) addPath(r *record) {
+func (b *burst) addPath(r *record) error {
+	b.known += pathMemory + int64(len(r.References))*int64(len(r.Path)+pathMemory/16)
+	for _, sig := range r.Signatures {
+		b.known += int64(len(sig))
+	}
+	if err := b.hold.Set(b.known); err != nil {
+		return err
+	}
 	b.req.paths = append(b.req.paths, r)
 	b.added[r.Path] = r
+	return nil
 }
 
 // beginFrame begins a frame for a small NAR, whose bytes are then appended to
@@ -258,7 +272,8 @@ func (b *burst) commit() error {
 	}
 	b.files = b.files[:0]
 	b.req = commitRequest{account: b.req.account, repair: b.req.repair, frames: b.req.frames[:0]}
-	b.spilled = 0
+	b.spilled, b.known = 0, 0
+	b.hold.Release()
 	clear(b.added)
 	clear(b.blobs)
 	return nil
@@ -276,6 +291,7 @@ func (b *burst) end() {
 		b.s.segs.unhold(id)
 	}
 	b.lease.Release()
+	b.hold.Release()
 	if frames := b.req.frames; frames != nil {
 		framesPool.Put(&frames)
 	}

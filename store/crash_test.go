@@ -90,7 +90,7 @@ func crashUploads(s *store.Store, a store.AccountID, name string) error {
 // crashDeletes registers a path that was staged, deletes it, and sweeps.
 func crashDeletes(s *store.Store, a store.AccountID, round string) error {
 	for i := 0; ; i++ {
-		st, err := s.Stage(ctx)
+		st, err := s.Stage(ctx, a)
 		if err != nil {
 			return err
 		}

@@ -24,21 +24,24 @@ const smallNAR = 64 << 10
 const writeback = 8 << 20
 
 // An ingest takes one NAR in pieces: it parses it strictly, hashes it and hands
-// it on, in one pass. It is used by one goroutine.
+// it on, in one pass. It is used by one goroutine, which releases hold when the
+// index is not needed any more.
 type ingest struct {
 	parser *nar.Parser
+	hold   *Hold // of the index
 	hash   hash.Hash
 	check  *contentCheck // nil if nothing is known of the content
 	to     io.Writer
 }
 
-func newIngest(to io.Writer) *ingest {
-	return &ingest{parser: &nar.Parser{}, hash: sha256.New(), to: to}
+func newIngest(hold *Hold, to io.Writer) *ingest {
+	return &ingest{parser: &nar.Parser{}, hold: hold, hash: sha256.New(), to: to}
 }
 
 // reset makes in ready for another NAR.
 func (in *ingest) reset(to io.Writer) {
 	*in.parser = nar.Parser{}
+	in.hold.Release()
 	in.hash.Reset()
 	in.check, in.to = nil, to
 }
@@ -54,19 +57,26 @@ func (in *ingest) Write(p []byte) (int, error) {
 
 // read does what Write does, but for handing on.
 func (in *ingest) read(p []byte) error {
-	n, err := in.parser.Feed(p)
-	if err != nil {
-		return fmt.Errorf("%w NAR: %w", ErrInvalid, err)
+	n, err := in.readSome(p)
+	if err == nil && n < len(p) {
+		err = fmt.Errorf("%w NAR: bytes after its end", ErrInvalid)
 	}
-	if n < len(p) {
-		return fmt.Errorf("%w NAR: bytes after its end", ErrInvalid)
-	}
-	in.hash.Write(p)
-	if in.check == nil {
-		return nil
-	}
-	_, err = in.check.Write(p)
 	return err
+}
+
+// readSome reads all of p, or up to the NAR's last byte.
+func (in *ingest) readSome(p []byte) (n int, err error) {
+	if n, err = in.parser.Feed(p); err != nil {
+		return n, fmt.Errorf("%w NAR: %w", ErrInvalid, err)
+	}
+	if err := in.hold.Set(in.parser.Memory()); err != nil {
+		return n, err
+	}
+	in.hash.Write(p[:n])
+	if in.check != nil {
+		_, err = in.check.Write(p[:n])
+	}
+	return n, err
 }
 
 // handOn hands on what was read, at once if possible.

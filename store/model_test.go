@@ -200,7 +200,7 @@ func (m *model) register() {
 	}
 	for range 2 {
 		info, nar := m.path(m.some(view, 2))
-		st, err := m.s.Stage(ctx)
+		st, err := m.s.Stage(ctx, a)
 		if err != nil {
 			m.t.Fatal(err)
 		}

@@ -253,7 +253,7 @@ func TestNoSpace(t *testing.T) {
 	if _, err := addFile(t, s, a.ID, string(make([]byte, 1<<20))); !errors.Is(err, ErrNoSpace) {
 		t.Errorf("large upload: %v", err)
 	}
-	if _, err := s.Stage(ctx); !errors.Is(err, ErrNoSpace) {
+	if _, err := s.Stage(ctx, a.ID); !errors.Is(err, ErrNoSpace) {
 		t.Errorf("stage: %v", err)
 	}
 	mustCheck(t, s)

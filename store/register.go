@@ -124,13 +124,14 @@ func (s *Store) registerOne(b *burst, r *record, st *Staged) error {
 		if err := s.checkStored(check, h); err != nil {
 			return err
 		}
-		b.addPath(r)
-		return nil
+		return b.addPath(r)
 	}
 	if err := check.read(st, st.Index()); err != nil {
 		return err
 	}
-	b.addPath(r)
+	if err := b.addPath(r); err != nil {
+		return err
+	}
 	if stored {
 		return nil
 	}

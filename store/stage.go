@@ -26,8 +26,9 @@ type Staged struct {
 	size int64
 }
 
-// Stage begins to take one NAR whose path, hash and size are not known yet.
-func (s *Store) Stage(ctx context.Context) (*Staged, error) {
+// Stage begins to take one NAR whose path, hash and size are not known yet, for
+// an account.
+func (s *Store) Stage(ctx context.Context, a AccountID) (*Staged, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -35,12 +36,13 @@ func (s *Store) Stage(ctx context.Context) (*Staged, error) {
 		return nil, err
 	}
 	st := &Staged{s: s}
-	st.in = newIngest((*stagedWriter)(st))
+	st.in = newIngest(s.NewHold(a), (*stagedWriter)(st))
 	return st, nil
 }
 
 // Write takes bytes of the NAR. Malformed bytes, and any after the NAR's end,
-// are ErrInvalid; a full disk is ErrNoSpace.
+// are ErrInvalid; a full disk is ErrNoSpace; more files than there is memory for
+// are ErrBusy.
 func (st *Staged) Write(p []byte) (int, error) {
 	if st.err == nil && st.done {
 		st.err = errStagedDone
@@ -54,6 +56,28 @@ func (st *Staged) Write(p []byte) (int, error) {
 }
 
 var errStagedDone = errors.New("staged NAR is finished")
+
+// ReadNAR takes the whole NAR from src, whose end only its own structure tells,
+// and no byte more. Errors are those of Write and of src; an early end is
+// io.ErrUnexpectedEOF.
+func (st *Staged) ReadNAR(src narSource) error {
+	for st.err == nil && !st.in.parser.Done() {
+		b, err := src.Peek()
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return fmt.Errorf("read NAR: %w", err)
+		}
+		n, err := st.in.readSome(b)
+		if err == nil {
+			_, err = st.in.to.Write(b[:n])
+		}
+		st.err = err
+		src.Discard(n)
+	}
+	return st.err
+}
 
 // A stagedWriter takes the bytes that were parsed and hashed.
 type stagedWriter Staged
@@ -127,6 +151,7 @@ func (st *Staged) ReadAt(p []byte, off int64) (int, error) {
 
 // Discard drops the NAR; nothing happens if it was registered.
 func (st *Staged) Discard() {
+	st.in.hold.Release()
 	if st.used {
 		return
 	}

@@ -56,6 +56,9 @@ type Config struct {
 	// of them may be used by every account that trusts it, whoever brought it.
 	// Default: none.
 	PublicKeys []nixproto.PublicKey
+	// Memory is how many bytes the requests under way may take together for
+	// what they are about to store, see Hold; 512 MiB by default.
+	Memory int64
 	// Logger takes what an operator acts on; default: discarded.
 	Logger *slog.Logger
 	// Now is the clock; default: time.Now.
@@ -69,6 +72,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.MinFree == 0 {
 		c.MinFree = 64 << 20
+	}
+	if c.Memory == 0 {
+		c.Memory = 512 << 20
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -88,6 +94,7 @@ type Store struct {
 
 	segs     *segments
 	pins     *pins
+	holds    *holds
 	indexes  indexCache
 	leases   leases
 	logs     liveLogs
@@ -147,6 +154,7 @@ func Open(dir string, cfg Config) (*Store, error) {
 		dir: dir, cfg: cfg, log: cfg.Logger,
 		segs:      &segments{dir: filepath.Join(dir, "segments"), open: make(map[uint64]*segment), dirty: make(map[*segment]bool)},
 		pins:      newPins(),
+		holds:     newHolds(cfg.Memory),
 		flushWake: make(chan struct{}, 1), flushAfter: flushAfter,
 		strays:  make(map[sum]bool),
 		closing: make(chan struct{}),

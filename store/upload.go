@@ -47,6 +47,7 @@ func (s *Store) NewUpload(ctx context.Context, a AccountID, opts UploadOptions) 
 		return nil, err
 	}
 	u := &Upload{ctx: ctx, opts: opts, b: s.newBurst(a)}
+	u.in = newIngest(s.NewHold(a), nil)
 	u.b.req.repair = opts.Repair
 	return u, nil
 }
@@ -55,7 +56,8 @@ func (s *Store) NewUpload(ctx context.Context, a AccountID, opts UploadOptions) 
 // adds the path to the upload. It is verified that the NAR is well-formed and
 // has that size and hash, that path and content address recompute, that a
 // derivation can be parsed, and that what info refers to is in the view or was
-// added before (ErrInvalid). The registration time becomes the present.
+// added before (ErrInvalid), and that there is memory for what is known of it
+// (ErrBusy). The registration time becomes the present.
 //
 // A path that the view has already keeps the content that it has, whatever
 // arrives, as in Nix; its bytes are read and verified all the same, and Kept
@@ -105,7 +107,7 @@ func (u *Upload) add(info *nixproto.PathInfo, r io.Reader) error {
 	u.bytes += info.NarSize
 	switch {
 	case old == nil:
-		u.b.addPath(rec)
+		return u.b.addPath(rec)
 	case old.NarHash != rec.NarHash:
 		u.b.kept = append(u.b.kept, rec.Path)
 	}
@@ -190,17 +192,14 @@ func (u *Upload) Commit() error {
 func (u *Upload) Abort() {
 	if !u.ended {
 		u.ended = true
+		u.in.hold.Release()
 		u.b.end()
 	}
 }
 
 // ingest returns the upload's ingest, ready for another NAR.
 func (u *Upload) ingest(to io.Writer) *ingest {
-	if u.in == nil {
-		u.in = newIngest(to)
-	} else {
-		u.in.reset(to)
-	}
+	u.in.reset(to)
 	return u.in
 }
 

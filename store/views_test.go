@@ -259,7 +259,7 @@ func TestRegister(t *testing.T) {
 	s := storetest.Open(t)
 	a := storetest.Account(t, s, "alice")
 	stage := func(nar []byte) *store.Staged {
-		st, err := s.Stage(ctx)
+		st, err := s.Stage(ctx, a)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -301,7 +301,7 @@ func TestRegister(t *testing.T) {
 	if err := s.Register(ctx, a, []store.Registration{{Info: *other}}); !errors.Is(err, store.ErrNotFound) {
 		t.Errorf("blob that is not stored: %v", err)
 	}
-	st, err := s.Stage(ctx)
+	st, err := s.Stage(ctx, a)
 	if err != nil {
 		t.Fatal(err)
 	}
