@@ -26,8 +26,8 @@ type burst struct {
 	lease  *Lease // on the paths and on what they refer to
 	pinned []sum
 	req    commitRequest
-	hold   *Hold // of known
-	known  int64 // bytes that what is known of added takes
+	charge *Charge // of known
+	known  int64   // bytes that what is known of added takes
 	added  map[nixproto.StorePath]*record
 	blobs  map[sum]bool         // in req
 	files  []placedFile         // not placed yet
@@ -45,7 +45,7 @@ type placedFile struct {
 }
 
 func (s *Store) newBurst(a AccountID) *burst {
-	b := &burst{s: s, lease: s.NewLease(a), hold: s.NewHold(a), added: make(map[nixproto.StorePath]*record), blobs: make(map[sum]bool)}
+	b := &burst{s: s, lease: s.NewLease(a), charge: s.NewCharge(a), added: make(map[nixproto.StorePath]*record), blobs: make(map[sum]bool)}
 	b.req.account = a
 	return b
 }
@@ -99,7 +99,7 @@ func (b *burst) addPath(r *record) error {
 	for _, sig := range r.Signatures {
 		b.known += int64(len(sig))
 	}
-	if err := b.hold.Set(b.known); err != nil {
+	if err := b.charge.Set(b.known); err != nil {
 		return err
 	}
 	b.req.paths = append(b.req.paths, r)
@@ -273,7 +273,7 @@ func (b *burst) commit() error {
 	b.files = b.files[:0]
 	b.req = commitRequest{account: b.req.account, repair: b.req.repair, frames: b.req.frames[:0]}
 	b.spilled, b.known = 0, 0
-	b.hold.Release()
+	b.charge.Release()
 	clear(b.added)
 	clear(b.blobs)
 	return nil
@@ -291,7 +291,7 @@ func (b *burst) end() {
 		b.s.segs.unhold(id)
 	}
 	b.lease.Release()
-	b.hold.Release()
+	b.charge.Release()
 	if frames := b.req.frames; frames != nil {
 		framesPool.Put(&frames)
 	}

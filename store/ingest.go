@@ -24,24 +24,24 @@ const smallNAR = 64 << 10
 const writeback = 8 << 20
 
 // An ingest takes one NAR in pieces: it parses it strictly, hashes it and hands
-// it on, in one pass. It is used by one goroutine, which releases hold when the
+// it on, in one pass. It is used by one goroutine, which releases charge when the
 // index is not needed any more.
 type ingest struct {
 	parser *nar.Parser
-	hold   *Hold // of the index
+	charge *Charge // of the index
 	hash   hash.Hash
 	check  *contentCheck // nil if nothing is known of the content
 	to     io.Writer
 }
 
-func newIngest(hold *Hold, to io.Writer) *ingest {
-	return &ingest{parser: &nar.Parser{}, hold: hold, hash: sha256.New(), to: to}
+func newIngest(charge *Charge, to io.Writer) *ingest {
+	return &ingest{parser: &nar.Parser{}, charge: charge, hash: sha256.New(), to: to}
 }
 
 // reset makes in ready for another NAR.
 func (in *ingest) reset(to io.Writer) {
 	*in.parser = nar.Parser{}
-	in.hold.Release()
+	in.charge.Release()
 	in.hash.Reset()
 	in.check, in.to = nil, to
 }
@@ -69,7 +69,7 @@ func (in *ingest) readSome(p []byte) (n int, err error) {
 	if n, err = in.parser.Feed(p); err != nil {
 		return n, fmt.Errorf("%w NAR: %w", ErrInvalid, err)
 	}
-	if err := in.hold.Set(in.parser.Memory()); err != nil {
+	if err := in.charge.Set(in.parser.Memory()); err != nil {
 		return n, err
 	}
 	in.hash.Write(p[:n])

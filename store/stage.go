@@ -36,7 +36,7 @@ func (s *Store) Stage(ctx context.Context, a AccountID) (*Staged, error) {
 		return nil, err
 	}
 	st := &Staged{s: s}
-	st.in = newIngest(s.NewHold(a), (*stagedWriter)(st))
+	st.in = newIngest(s.NewCharge(a), (*stagedWriter)(st))
 	return st, nil
 }
 
@@ -151,7 +151,7 @@ func (st *Staged) ReadAt(p []byte, off int64) (int, error) {
 
 // Discard drops the NAR; nothing happens if it was registered.
 func (st *Staged) Discard() {
-	st.in.hold.Release()
+	st.in.charge.Release()
 	if st.used {
 		return
 	}

@@ -57,7 +57,7 @@ type Config struct {
 	// Default: none.
 	PublicKeys []nixproto.PublicKey
 	// Memory is how many bytes the requests under way may take together for
-	// what they are about to store, see Hold; 512 MiB by default.
+	// what they are about to store, see Charge; 512 MiB by default.
 	Memory int64
 	// Logger takes what an operator acts on; default: discarded.
 	Logger *slog.Logger
@@ -94,16 +94,16 @@ type Store struct {
 
 	segs     *segments
 	pins     *pins
-	holds    *holds
+	charges  *charges
 	indexes  indexCache
 	leases   leases
 	logs     liveLogs
 	verified verified
 	// publicNames are the names of Config.PublicKeys; fixed by Open.
 	publicNames map[string]bool
-	builds   buildWrites
-	tmpNames atomic.Uint64
-	settings atomic.Pointer[Settings] // replaced with commitMu held
+	builds      buildWrites
+	tmpNames    atomic.Uint64
+	settings    atomic.Pointer[Settings] // replaced with commitMu held
 
 	queueMu sync.Mutex
 	queue   []*commitRequest // waiting for a turn
@@ -123,8 +123,8 @@ type Store struct {
 	// removals counts the accounts that were removed, deletions the
 	// transactions that deleted paths.
 	removals, deletions atomic.Uint64
-	flushWake    chan struct{}
-	flushAfter   time.Duration // flushAfter, but in tests
+	flushWake           chan struct{}
+	flushAfter          time.Duration // flushAfter, but in tests
 
 	// sweep is set while Sweep looks for blobs that nobody has; guarded by
 	// commitMu. One Sweep runs at a time, with sweepMu held.
@@ -154,7 +154,7 @@ func Open(dir string, cfg Config) (*Store, error) {
 		dir: dir, cfg: cfg, log: cfg.Logger,
 		segs:      &segments{dir: filepath.Join(dir, "segments"), open: make(map[uint64]*segment), dirty: make(map[*segment]bool)},
 		pins:      newPins(),
-		holds:     newHolds(cfg.Memory),
+		charges:   newCharges(cfg.Memory),
 		flushWake: make(chan struct{}, 1), flushAfter: flushAfter,
 		strays:  make(map[sum]bool),
 		closing: make(chan struct{}),

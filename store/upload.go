@@ -47,7 +47,7 @@ func (s *Store) NewUpload(ctx context.Context, a AccountID, opts UploadOptions) 
 		return nil, err
 	}
 	u := &Upload{ctx: ctx, opts: opts, b: s.newBurst(a)}
-	u.in = newIngest(s.NewHold(a), nil)
+	u.in = newIngest(s.NewCharge(a), nil)
 	u.b.req.repair = opts.Repair
 	return u, nil
 }
@@ -192,7 +192,7 @@ func (u *Upload) Commit() error {
 func (u *Upload) Abort() {
 	if !u.ended {
 		u.ended = true
-		u.in.hold.Release()
+		u.in.charge.Release()
 		u.b.end()
 	}
 }
