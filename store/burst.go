@@ -169,7 +169,7 @@ func (b *burst) spill() error {
 	b.req.blobs = b.req.blobs[:b.spilled+len(blobs)]
 	b.spilled = len(b.req.blobs)
 	_, err = b.s.segs.append(func(at place) (pieces [][]byte, err error) {
-		b.s.segs.holdLocked(at.segment)
+		b.s.segs.hold(at.segment)
 		b.held = append(b.held, at.segment)
 		end := at.offset
 		for i := range blobs {

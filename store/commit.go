@@ -268,7 +268,7 @@ func (s *Store) lostBlobs(r *commitRequest) error {
 // a segment and syncs it. It returns where the commit ends.
 func (s *Store) writeCommit(x *batch, owners []*commitRequest) (end place, err error) {
 	var length int64
-	at, err := s.segs.append(func(at place) ([][]byte, error) {
+	at, err := s.segs.appendDurably(func(at place) ([][]byte, error) {
 		var pieces [][]byte
 		for i, r := range owners {
 			b := &x.blobs[i].at
@@ -285,9 +285,6 @@ func (s *Store) writeCommit(x *batch, owners []*commitRequest) (end place, err e
 		return append(pieces, f), err
 	})
 	if err != nil {
-		return place{}, err
-	}
-	if err := s.segs.sync(); err != nil {
 		return place{}, err
 	}
 	return place{at.segment, at.offset + length}, nil

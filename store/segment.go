@@ -23,13 +23,18 @@ const maxOpenSegments = 256
 type segments struct {
 	dir string
 
-	// mu guards what follows, and is held while frames are written, so that
-	// there is no gap before a frame that was written.
-	mu    sync.Mutex
+	// writing is held while frames are written, so that there is no gap before
+	// a frame that was written. It is taken before mu, and guards direct; last
+	// and its size change only with both held.
+	writing sync.Mutex
+	direct  *directWriter // to last; nil before it was first used
+	buffer  bool          // direct writing is not possible here
+	fault   func() error  // fails a write half-way, in tests
+
+	mu    sync.Mutex // guards what follows
 	open  map[uint64]*segment
 	last  *segment
 	dirty map[*segment]bool // written to since the last sync
-	fault func() error      // fails a write half-way, in tests
 }
 
 // A segment is an open segment file. It is closed when it was removed, or the
@@ -133,11 +138,14 @@ func (g *segments) remove(id uint64) error {
 	return os.Remove(g.path(id))
 }
 
-// startLocked begins a new segment.
-func (g *segments) startLocked() error {
+// start begins a new segment.
+func (g *segments) start() error {
 	id := uint64(1)
 	if g.last != nil {
 		id = g.last.id + 1
+	}
+	if err := g.endDirect(); err != nil {
+		return err
 	}
 	f, err := os.OpenFile(g.path(id), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
@@ -147,28 +155,77 @@ func (g *segments) startLocked() error {
 		f.Close()
 		return errors.Join(err, os.Remove(g.path(id)))
 	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	g.last = &segment{id: id, f: f, refs: 1}
 	g.open[id] = g.last
 	return nil
+}
+
+// endDirect ends the direct writing to the last segment.
+func (g *segments) endDirect() error {
+	d := g.direct
+	if d == nil {
+		return nil
+	}
+	g.direct = nil
+	return d.close(g.last.size)
 }
 
 // append writes frames, whole ones, to the end of the last segment and returns
 // where they are. frames is told the place and returns them in pieces. What
 // was written is not durable before sync. After an error nothing is there.
 func (g *segments) append(frames func(at place) ([][]byte, error)) (place, error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.last == nil || g.last.bad || g.last.size >= segmentLimit {
-		if err := g.startLocked(); err != nil {
-			return place{}, fmt.Errorf("begin segment: %w", diskError(err))
-		}
-	}
-	s := g.last
-	at := place{s.id, s.size}
-	pieces, err := frames(at)
+	g.writing.Lock()
+	defer g.writing.Unlock()
+	at, pieces, err := g.place(frames)
 	if err != nil {
 		return place{}, err
 	}
+	return at, g.write(pieces)
+}
+
+// appendDurably is append and then sync of all that was appended before, too.
+func (g *segments) appendDurably(frames func(at place) ([][]byte, error)) (place, error) {
+	at, durable, err := g.appendSmall(frames)
+	if err == nil && !durable {
+		err = g.sync()
+	}
+	return at, err
+}
+
+// appendSmall is append; it reports whether what was written, and all before
+// it, is durable already.
+func (g *segments) appendSmall(frames func(at place) ([][]byte, error)) (at place, durable bool, err error) {
+	g.writing.Lock()
+	defer g.writing.Unlock()
+	at, pieces, err := g.place(frames)
+	if err != nil {
+		return place{}, false, err
+	}
+	if !g.isDirty() {
+		if err = g.writeDirect(pieces); !errors.Is(err, errors.ErrUnsupported) {
+			return at, true, err
+		}
+	}
+	return at, false, g.write(pieces)
+}
+
+// place decides where frames go.
+func (g *segments) place(frames func(at place) ([][]byte, error)) (at place, pieces [][]byte, err error) {
+	if s := g.last; s == nil || s.size >= segmentLimit || g.lost(s.id) {
+		if err := g.start(); err != nil {
+			return place{}, nil, fmt.Errorf("begin segment: %w", diskError(err))
+		}
+	}
+	at = place{g.last.id, g.last.size}
+	pieces, err = frames(at)
+	return at, pieces, err
+}
+
+// write appends pieces to the last segment, through the page cache.
+func (g *segments) write(pieces [][]byte) error {
+	s := g.last
 	off := s.size
 	for _, p := range joined(pieces) {
 		n, err := s.f.WriteAt(p, off)
@@ -176,13 +233,62 @@ func (g *segments) append(frames func(at place) ([][]byte, error)) (place, error
 			err = g.fault()
 		}
 		if err != nil {
-			return place{}, fmt.Errorf("write segment: %w", diskError(errors.Join(err, g.cutLocked(s, at.offset))))
+			return fmt.Errorf("write segment: %w", diskError(errors.Join(err, g.cut())))
 		}
 		off += int64(n)
 	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	s.size = off
 	g.dirty[s] = true
-	return at, nil
+	return nil
+}
+
+// writeDirect appends pieces to the last segment and makes them durable. It
+// returns errors.ErrUnsupported, and nothing is there, if they are not few
+// or the file system cannot.
+func (g *segments) writeDirect(pieces [][]byte) (err error) {
+	s := g.last
+	if g.direct == nil && !g.buffer {
+		g.direct, err = newDirectWriter(s.f, s.size)
+		g.buffer = errors.Is(err, errors.ErrUnsupported)
+	}
+	if g.direct == nil {
+		return errors.ErrUnsupported
+	}
+	total := length(pieces)
+	err = g.direct.write(pieces, total, s.size)
+	if err == nil && g.fault != nil {
+		err = g.fault()
+	}
+	switch {
+	case errors.Is(err, errors.ErrUnsupported):
+		return err
+	case errors.Is(err, unix.EINVAL): // not with this alignment
+		g.buffer = true
+		return errors.Join(errors.ErrUnsupported, g.endDirect())
+	case err != nil:
+		return fmt.Errorf("write segment: %w", diskError(errors.Join(err, g.cut())))
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	s.size += total
+	return nil
+}
+
+// isDirty reports whether something was written since the last sync.
+func (g *segments) isDirty() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.dirty) > 0
+}
+
+// length returns the length of pieces in all.
+func length(pieces [][]byte) (n int64) {
+	for _, p := range pieces {
+		n += int64(len(p))
+	}
+	return n
 }
 
 // joinAt is up to how many bytes copying costs less than another system call.
@@ -190,19 +296,19 @@ const joinAt = 32 << 10
 
 // joined returns pieces as one if they are small.
 func joined(pieces [][]byte) [][]byte {
-	total := 0
-	for _, p := range pieces {
-		total += len(p)
-	}
-	if len(pieces) < 2 || total > joinAt {
+	if len(pieces) < 2 || length(pieces) > joinAt {
 		return pieces
 	}
 	return [][]byte{slices.Concat(pieces...)}
 }
 
-// holdLocked keeps a segment from being removed until unhold. It is called by the
+// hold keeps a segment from being removed until unhold. It is called by the
 // function that append calls.
-func (g *segments) holdLocked(id uint64) { g.open[id].held++ }
+func (g *segments) hold(id uint64) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.open[id].held++
+}
 
 // unhold takes back a hold.
 func (g *segments) unhold(id uint64) {
@@ -225,15 +331,22 @@ func (g *segments) idle(id uint64) (size int64, ok bool) {
 	return s.size, true
 }
 
-// cutLocked takes away what follows size. If that fails too, the segment gets
-// no more frames: a reader of commits stops at the bytes in question.
-func (g *segments) cutLocked(s *segment, size int64) error {
-	err := s.f.Truncate(size)
+// cut takes away what follows the end of the last segment. If that fails too,
+// the segment gets no more frames: a reader of commits stops at the bytes in
+// question.
+func (g *segments) cut() error {
+	s := g.last
+	var err error
+	if g.direct != nil {
+		err = g.endDirect()
+	}
 	if err == nil {
-		s.size = size
+		err = s.f.Truncate(s.size)
+	}
+	if err == nil {
 		return nil
 	}
-	return errors.Join(err, g.startLocked())
+	return errors.Join(err, g.start())
 }
 
 // lost reports whether a sync of the segment failed.
@@ -273,9 +386,11 @@ func (g *segments) sync() error {
 
 // close closes the files; who has one acquired can still read it.
 func (g *segments) close() error {
+	g.writing.Lock()
+	defer g.writing.Unlock()
+	errs := []error{g.endDirect()}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	var errs []error
 	for _, s := range g.open {
 		errs = append(errs, g.releaseLocked(s))
 	}
