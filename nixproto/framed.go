@@ -23,6 +23,7 @@ type FramedReader struct {
 func NewFramedReader(r *Reader) *FramedReader {
 	f := &FramedReader{frames: frames{r: r}}
 	f.Reader.src = &f.frames
+	f.Reader.account = r.account
 	return f
 }
 
@@ -47,6 +48,7 @@ func (f *FramedReader) Finish() error {
 // the stream, whatever was wrong with the payload. Its error is the
 // connection's.
 func (f *FramedReader) Drain() error {
+	f.Forget()
 	for {
 		b, err := f.frames.Peek()
 		if err == io.EOF {

@@ -28,6 +28,9 @@ const (
 	entryCost  = 96
 	structCost = 256
 
+	// uncounted is by how much a message grows between looks at an Account.
+	uncounted = 64 << 10
+
 	smallBuffer = 4 << 10
 	largeBuffer = 512 << 10
 )
@@ -70,6 +73,27 @@ type Reader struct {
 	err  error // of the stream
 	bad  error // first value refused in the current message
 	left int   // what the current message may still bring into memory
+
+	account Account // nil: messages are not counted
+	counted int64   // of the current message
+}
+
+// An Account counts the memory that messages take; *store.Charge. Set says how
+// many bytes the current one takes, and is called often; its error, which is
+// the Reader's then, says that so much cannot be had. Setting less succeeds.
+type Account interface{ Set(n int64) error }
+
+// Count makes a count the memory of messages, those of framed streams that are
+// opened later as well. A message is counted until the next one begins, or
+// Forget is called.
+func (r *Reader) Count(a Account) { r.account = a }
+
+// Forget says that nothing of the latest message is in memory any more.
+func (r *Reader) Forget() {
+	if r.counted != 0 {
+		r.counted = 0
+		_ = r.account.Set(0) // setting less succeeds
+	}
 }
 
 // NewReader returns a Reader of r. It reads ahead, so r belongs to it from now on.
@@ -191,6 +215,7 @@ func (r *Reader) StringMap() map[string]string {
 
 // begin starts a new message: its budget is whole, no value is refused yet.
 func (r *Reader) begin() {
+	r.Forget()
 	r.left = MaxMessage
 	r.bad = nil
 }
@@ -218,6 +243,13 @@ func (r *Reader) charge(n uint64) bool {
 		return false
 	}
 	r.left -= int(n)
+	if used := int64(MaxMessage - r.left); r.account != nil && used > r.counted+uncounted {
+		if err := r.account.Set(used); err != nil {
+			r.Fail(err)
+			return false
+		}
+		r.counted = used
+	}
 	return true
 }
 

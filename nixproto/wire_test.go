@@ -11,6 +11,61 @@ import (
 	"testing/iotest"
 )
 
+// An account counts what the current message takes.
+type account struct {
+	most, now, peak int64
+}
+
+var errTooMuch = errors.New("too much")
+
+func (a *account) Set(n int64) error {
+	if n > a.most {
+		return errTooMuch
+	}
+	a.now, a.peak = n, max(a.peak, n)
+	return nil
+}
+
+// Long messages are counted while they are in memory, those of framed streams
+// too, and refused when there is no room for them.
+func TestReaderCounts(t *testing.T) {
+	long := strings.Repeat("x", 1<<20)
+	stream := encoded(t, func(w *Writer) error {
+		w.Str(long)
+		w.Str("short")
+		f := NewWriter(NewFramedWriter(w))
+		f.Str(long)
+		f.Str(long)
+		if err := f.Flush(); err != nil {
+			return err
+		}
+		w.Uint64(0)
+		w.Str(long)
+		return w.Err()
+	})
+	a := &account{most: 3 << 19}
+	r := NewReader(bytes.NewReader(stream))
+	r.Count(a)
+	if r.Str(MaxMessage); a.now != 1<<20 {
+		t.Errorf("%d bytes counted", a.now)
+	}
+	if r.Str(MaxMessage); a.now != 0 {
+		t.Errorf("%d bytes counted after another message", a.now)
+	}
+	f := NewFramedReader(r)
+	f.Str(MaxMessage)
+	if f.Str(MaxMessage); a.now != 1<<20 {
+		t.Errorf("%d bytes counted in a framed stream", a.now)
+	}
+	if err := f.Finish(); err != nil || a.now != 0 {
+		t.Errorf("%v, %d bytes counted behind the stream", err, a.now)
+	}
+	a.most = 1 << 19
+	if r.Str(MaxMessage); !errors.Is(r.Err(), errTooMuch) || a.now != 0 {
+		t.Errorf("%v, %d bytes counted", r.Err(), a.now)
+	}
+}
+
 func TestPrimitives(t *testing.T) {
 	for n := range 40 {
 		s := strings.Repeat("x", n)
