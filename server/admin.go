@@ -18,83 +18,23 @@ import (
 	gossh "golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
+	"nbd/server/adminapi"
 	"nbd/store"
-	"nbd/vm"
 )
-
-// AdminSocket is the name of the operator's socket in the state directory.
-const AdminSocket = "admin.sock"
-
-// maxAdminBody bounds one request on the operator's socket, in bytes.
-const maxAdminBody = 1 << 20
 
 // An Admin answers `nbd admin`: JSON over HTTP on a local socket that only the
 // server's own user and root may use. Every request acts at once.
 type Admin struct {
 	store      *store.Store
-	status     func(context.Context) (Status, error)
+	status     func(context.Context) (adminapi.Status, error)
 	disconnect func(gone func(*Client) bool)
 	log        *slog.Logger
 	http       http.Server
 }
 
-// A Status is what `nbd admin status` tells. Its JSON form is relied on by
-// scripts.
-type Status struct {
-	Version string    `json:"version"`
-	PID     int       `json:"pid"`
-	State   string    `json:"state"` // directory
-	Started time.Time `json:"started"`
-	// SSH is the address that the server listens on.
-	SSH string `json:"ssh"`
-	// HostKey is the server's public key as in known_hosts: type and base64.
-	HostKey  string      `json:"hostKey"`
-	Systems  []string    `json:"systems"`
-	Features []string    `json:"features"`
-	Sessions int         `json:"sessions"`
-	Queue    QueueStatus `json:"queue"`
-	Guests   vm.Status   `json:"guests"`
-	Store    StoreState  `json:"store"`
-}
-
-// A StoreState says how much a store holds.
-type StoreState struct {
-	Accounts int    `json:"accounts"`
-	Paths    int    `json:"paths"` // of all views
-	Blobs    int    `json:"blobs"`
-	Bytes    uint64 `json:"bytes"`     // of the blobs
-	FreeDisk uint64 `json:"freeBytes"` // on the store's file system
-}
-
-// An AccountInfo is an account as operators see it.
-type AccountInfo struct {
-	Name      string    `json:"name"`
-	Created   time.Time `json:"created"`
-	PublicKey string    `json:"publicKey"`
-	Keys      []KeyInfo `json:"keys"`
-}
-
-// A KeyInfo is an SSH key as operators see it.
-type KeyInfo struct {
-	Account     string    `json:"account"`
-	Type        string    `json:"type"`
-	Fingerprint string    `json:"fingerprint"`
-	Comment     string    `json:"comment"`
-	Permissions []string  `json:"permissions"`
-	Added       time.Time `json:"added"`
-}
-
-// A NewKeys request adds SSH keys, each a line as in authorized_keys.
-type NewKeys struct {
-	Account string   `json:"account"`
-	Keys    []string `json:"keys"`
-	// Permissions of the keys; nil means all.
-	Permissions []string `json:"permissions"`
-}
-
 // NewAdmin returns an Admin over s; status answers for the rest of the server,
 // and disconnect closes the connections of clients that were removed.
-func NewAdmin(s *store.Store, status func(context.Context) (Status, error), disconnect func(gone func(*Client) bool), log *slog.Logger) *Admin {
+func NewAdmin(s *store.Store, status func(context.Context) (adminapi.Status, error), disconnect func(gone func(*Client) bool), log *slog.Logger) *Admin {
 	a := &Admin{store: s, status: status, disconnect: disconnect, log: log}
 	mux := http.NewServeMux()
 	mux.Handle("GET /status", a.handle(a.getStatus))
@@ -113,7 +53,7 @@ func NewAdmin(s *store.Store, status func(context.Context) (Status, error), disc
 // ListenAdmin makes the socket in stateDir, mode 0600. A socket that an earlier
 // server left is replaced; the store's lock tells that no other server lives.
 func ListenAdmin(stateDir string) (net.Listener, error) {
-	path := filepath.Join(stateDir, AdminSocket)
+	path := filepath.Join(stateDir, adminapi.Socket)
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("listen for nbd admin: %w", err)
 	}
@@ -176,23 +116,15 @@ func peerUID(c *net.UnixConn) (uint32, error) {
 	return cred.Uid, nil
 }
 
-// An adminError is the operator's own mistake, with the way out.
-type adminError struct {
-	Text string `json:"error"`
-	Hint string `json:"hint,omitempty"`
-}
-
-func (e *adminError) Error() string { return e.Text }
-
 func (a *Admin) handle(f func(*http.Request) (any, error)) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		r.Body = http.MaxBytesReader(w, r.Body, maxAdminBody)
+		r.Body = http.MaxBytesReader(w, r.Body, adminapi.MaxBody)
 		answer, err := f(r)
 		w.Header().Set("Content-Type", "application/json")
 		if err != nil {
-			var mine *adminError
+			var mine *adminapi.Error
 			if !errors.As(err, &mine) {
-				mine = &adminError{Text: err.Error()}
+				mine = &adminapi.Error{Text: err.Error()}
 				a.log.Error("nbd admin request failed", "request", r.Method+" "+r.URL.Path, "err", err)
 			}
 			w.WriteHeader(http.StatusBadRequest)
@@ -206,20 +138,20 @@ func (a *Admin) handle(f func(*http.Request) (any, error)) http.Handler {
 	})
 }
 
+// adminQueue is the queue as operators see it.
+func adminQueue(q QueueStatus) adminapi.Queue {
+	return adminapi.Queue{Running: q.Running, Waiting: q.Waiting, Total: adminapi.Room(q.Total), Free: adminapi.Room(q.Free)}
+}
+
 func (a *Admin) getStatus(r *http.Request) (any, error) { return a.status(r.Context()) }
 
 func (a *Admin) check(r *http.Request) (any, error) {
 	return a.store.Check(r.Context(), r.URL.Query().Get("readData") == "true")
 }
 
-// Freed is what a collection freed.
-type Freed struct {
-	Bytes uint64 `json:"freedBytes"` // on disk
-}
-
 func (a *Admin) gc(r *http.Request) (any, error) {
 	freed, err := a.store.Sweep(r.Context())
-	return Freed{freed}, err
+	return adminapi.Freed{Bytes: freed}, err
 }
 
 func (a *Admin) listAccounts(r *http.Request) (any, error) {
@@ -227,7 +159,7 @@ func (a *Admin) listAccounts(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	list := []AccountInfo{}
+	list := []adminapi.AccountInfo{}
 	for _, acc := range accounts {
 		info, err := a.accountInfo(r.Context(), acc)
 		if err != nil {
@@ -238,20 +170,20 @@ func (a *Admin) listAccounts(r *http.Request) (any, error) {
 	return list, nil
 }
 
-func (a *Admin) accountInfo(ctx context.Context, acc store.Account) (AccountInfo, error) {
+func (a *Admin) accountInfo(ctx context.Context, acc store.Account) (adminapi.AccountInfo, error) {
 	keys, err := a.store.Keys(ctx, acc.ID)
 	if err != nil {
-		return AccountInfo{}, err
+		return adminapi.AccountInfo{}, err
 	}
-	info := AccountInfo{Name: acc.Name, Created: acc.Created, PublicKey: acc.PublicKey, Keys: []KeyInfo{}}
+	info := adminapi.AccountInfo{Name: acc.Name, Created: acc.Created, PublicKey: acc.PublicKey, Keys: []adminapi.KeyInfo{}}
 	for _, k := range keys {
 		info.Keys = append(info.Keys, keyInfo(acc.Name, k))
 	}
 	return info, nil
 }
 
-func keyInfo(account string, k store.Key) KeyInfo {
-	return KeyInfo{account, k.Type, k.Fingerprint, k.Comment, k.Permissions, k.Added}
+func keyInfo(account string, k store.Key) adminapi.KeyInfo {
+	return adminapi.KeyInfo{Account: account, Type: k.Type, Fingerprint: k.Fingerprint, Comment: k.Comment, Permissions: k.Permissions, Added: k.Added}
 }
 
 func (a *Admin) addAccount(r *http.Request) (any, error) {
@@ -280,7 +212,7 @@ func (a *Admin) removeAccount(r *http.Request) (any, error) {
 func (a *Admin) account(ctx context.Context, name string) (store.Account, error) {
 	acc, err := a.store.AccountByName(ctx, name)
 	if errors.Is(err, store.ErrNotFound) {
-		return acc, &adminError{Text: fmt.Sprintf("there is no account %q", clip(name)), Hint: "see `nbd admin account list`"}
+		return acc, &adminapi.Error{Text: fmt.Sprintf("there is no account %q", clip(name)), Hint: "see `nbd admin account list`"}
 	}
 	return acc, err
 }
@@ -299,7 +231,7 @@ func (a *Admin) listKeys(r *http.Request) (any, error) {
 			return nil, err
 		}
 	}
-	list := []KeyInfo{}
+	list := []adminapi.KeyInfo{}
 	for _, acc := range accounts {
 		keys, err := a.store.Keys(r.Context(), acc.ID)
 		if err != nil {
@@ -321,7 +253,7 @@ func (a *Admin) addKeys(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	list := []KeyInfo{}
+	list := []adminapi.KeyInfo{}
 	for _, k := range keys {
 		k, err := a.store.AddKey(r.Context(), acc.ID, k)
 		if err != nil {
@@ -336,7 +268,7 @@ func (a *Admin) removeKey(r *http.Request) (any, error) {
 	fingerprint := r.URL.Query().Get("fingerprint")
 	_, err := a.store.RemoveKey(r.Context(), fingerprint)
 	if errors.Is(err, store.ErrNotFound) {
-		return nil, &adminError{Text: fmt.Sprintf("there is no key %q", clip(fingerprint)),
+		return nil, &adminapi.Error{Text: fmt.Sprintf("there is no key %q", clip(fingerprint)),
 			Hint: "give the fingerprint, SHA256:…, as `nbd admin key list` prints it"}
 	}
 	if err == nil {
@@ -348,20 +280,20 @@ func (a *Admin) removeKey(r *http.Request) (any, error) {
 // explainStore turns a refusal of the store into the operator's mistake.
 func explainStore(err error, hint string) error {
 	if errors.Is(err, store.ErrExists) || errors.Is(err, store.ErrInvalid) {
-		return &adminError{Text: err.Error(), Hint: hint}
+		return &adminapi.Error{Text: err.Error(), Hint: hint}
 	}
 	return err
 }
 
-// readKeys reads a NewKeys request and checks everything in it.
-func readKeys(r *http.Request) (NewKeys, []store.Key, error) {
-	var req NewKeys
+// readKeys reads an adminapi.NewKeys request and checks everything in it.
+func readKeys(r *http.Request) (adminapi.NewKeys, []store.Key, error) {
+	var req adminapi.NewKeys
 	if err := json.NewDecoder(r.Body).Decode(&req); err != nil {
-		return req, nil, &adminError{Text: "malformed request: " + err.Error()}
+		return req, nil, &adminapi.Error{Text: "malformed request: " + err.Error()}
 	}
 	for _, p := range req.Permissions {
 		if !slices.Contains(allPermissions, Permission(p)) {
-			return req, nil, &adminError{Text: fmt.Sprintf("there is no permission %q", clip(p)),
+			return req, nil, &adminapi.Error{Text: fmt.Sprintf("there is no permission %q", clip(p)),
 				Hint: fmt.Sprintf("the permissions are %v", allPermissions)}
 		}
 	}
@@ -379,6 +311,9 @@ func readKeys(r *http.Request) (NewKeys, []store.Key, error) {
 
 var allPermissions = []Permission{BuildRead, BuildWrite, StoreRead, StoreWrite, AccountRead, AccountWrite}
 
+// dsaKey is the type of DSA keys, which no signature is accepted of.
+const dsaKey = "ssh-dss"
+
 // minRSABits is the shortest RSA key that opens an account.
 const minRSABits = 2048
 
@@ -386,17 +321,17 @@ const minRSABits = 2048
 func parseKey(line string) (store.Key, error) {
 	pub, comment, options, _, err := gossh.ParseAuthorizedKey([]byte(line))
 	if err != nil {
-		return store.Key{}, &adminError{Text: fmt.Sprintf("%q is not an SSH public key", clip(strings.TrimSpace(line))),
+		return store.Key{}, &adminapi.Error{Text: fmt.Sprintf("%q is not an SSH public key", clip(strings.TrimSpace(line))),
 			Hint: "give a file like ~/.ssh/id_ed25519.pub, not the private key"}
 	}
 	if len(options) > 0 {
-		return store.Key{}, &adminError{Text: "options before a key are not supported", Hint: "use --permissions to say what the key may do"}
+		return store.Key{}, &adminapi.Error{Text: "options before a key are not supported", Hint: "use --permissions to say what the key may do"}
 	}
-	if pub.Type() == gossh.InsecureKeyAlgoDSA {
-		return store.Key{}, &adminError{Text: "DSA keys are not accepted", Hint: "make one with `ssh-keygen -t ed25519`"}
+	if pub.Type() == dsaKey {
+		return store.Key{}, &adminapi.Error{Text: "DSA keys are not accepted", Hint: "make one with `ssh-keygen -t ed25519`"}
 	}
 	if bits := rsaBits(pub); bits > 0 && bits < minRSABits {
-		return store.Key{}, &adminError{Text: fmt.Sprintf("an RSA key of %d bits is not accepted", bits), Hint: "make one with `ssh-keygen -t ed25519`"}
+		return store.Key{}, &adminapi.Error{Text: fmt.Sprintf("an RSA key of %d bits is not accepted", bits), Hint: "make one with `ssh-keygen -t ed25519`"}
 	}
 	return store.Key{Wire: pub.Marshal(), Comment: comment}, nil
 }

@@ -39,9 +39,9 @@ func (s *Server) handleSession(_ *ssh.Server, sc *gossh.ServerConn, nc gossh.New
 		return
 	}
 	defer s.work.Done()
-	if c.isExcess() {
+	if most := c.tooMany(); most > 0 {
 		_ = nc.Reject(gossh.ResourceShortage, fmt.Sprintf("account %s has more than %d connections open (max-connections): close some of them",
-			client.Account.Name, s.cfg.MaxConnections))
+			client.Account.Name, most))
 		return
 	}
 	if !c.openSession() {

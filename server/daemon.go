@@ -14,6 +14,7 @@ import (
 	gossh "golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
+	"nbd/server/adminapi"
 	"nbd/vm"
 )
 
@@ -151,22 +152,22 @@ func (d *Daemon) Close() error {
 }
 
 // Status tells how the daemon does, for `nbd admin status`.
-func (d *Daemon) Status(ctx context.Context) (Status, error) {
+func (d *Daemon) Status(ctx context.Context) (adminapi.Status, error) {
 	stats, err := d.cfg.Server.Store.Stats(ctx)
 	if err != nil {
-		return Status{}, err
+		return adminapi.Status{}, err
 	}
 	var fs unix.Statfs_t
 	if err := unix.Statfs(d.cfg.State, &fs); err != nil {
-		return Status{}, err
+		return adminapi.Status{}, err
 	}
 	key := gossh.MarshalAuthorizedKey(d.cfg.Server.HostKey.PublicKey())
 	systems, features := d.builds.Offers()
-	return Status{
+	return adminapi.Status{
 		Version: d.cfg.Server.Version, PID: os.Getpid(), State: d.cfg.State, Started: d.started, SSH: d.addr,
 		HostKey: strings.TrimSpace(string(key)), Systems: systems, Features: features,
-		Sessions: d.server.Sessions(), Queue: d.builds.QueueStatus(), Guests: d.cfg.Guests.Status(),
-		Store: StoreState{Accounts: stats.Accounts, Paths: stats.Paths, Blobs: stats.Blobs, Bytes: stats.Bytes,
+		Sessions: d.server.Sessions(), Queue: adminQueue(d.builds.QueueStatus()), Guests: d.cfg.Guests.Status(),
+		Store: adminapi.StoreState{Accounts: stats.Accounts, Paths: stats.Paths, Blobs: stats.Blobs, Bytes: stats.Bytes,
 			FreeDisk: fs.Bavail * uint64(fs.Bsize)},
 	}, nil
 }

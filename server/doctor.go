@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"nbd/server/adminapi"
 	"nbd/vm"
 )
 
@@ -64,8 +65,8 @@ func (d *doctor) state(dir string) {
 
 // server asks the running server, if there is one.
 func (d *doctor) server(ctx context.Context, dir string) {
-	s, err := NewAdminClient(dir).Status(ctx)
-	var hint *HintError
+	s, err := adminapi.NewClient(dir).Status(ctx)
+	var hint *adminapi.HintError
 	switch {
 	case err == nil:
 		d.ok("server", fmt.Sprintf("nbd %s listens on %s; %d accounts", s.Version, s.SSH, s.Store.Accounts))

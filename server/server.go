@@ -31,6 +31,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"slices"
 	"strconv"
@@ -77,8 +78,8 @@ type Config struct {
 	// HandshakeTimeout bounds the time from a connection to its
 	// authentication; default 20 s.
 	HandshakeTimeout time.Duration
-	// MaxConnections is how many connections one account may have open at once;
-	// default 2048. The sessions of those beyond are refused.
+	// MaxConnections is the max-connections of Settings if these have none;
+	// default 2048.
 	MaxConnections int
 	// MaxSessions is how many sessions one connection may have open at once;
 	// default 64.
@@ -119,6 +120,13 @@ func (c *Config) fill() error {
 	if c.MaxConnections == 0 {
 		c.MaxConnections = 2048
 	}
+	if _, ok := c.Settings["max-connections"]; !ok {
+		c.Settings = maps.Clone(c.Settings)
+		if c.Settings == nil {
+			c.Settings = map[string]string{}
+		}
+		c.Settings["max-connections"] = strconv.Itoa(c.MaxConnections)
+	}
 	if c.MaxSessions == 0 {
 		c.MaxSessions = 64
 	}
@@ -137,6 +145,8 @@ type Server struct {
 	ssh   *ssh.Server
 	gate  *gate
 	book  *settingsBook
+	// proofs makes what is signed with keys that are to be added.
+	proofs proofSecret
 
 	ctx    context.Context // of everything that goes on; ends in Close
 	cancel context.CancelFunc

@@ -168,7 +168,7 @@ type conn struct {
 	asking   bool        // a keep-alive waits for its answer
 	sessions int         // open ones
 	client   *Client     // who it is; nil before its signature was verified
-	excess   bool        // its account has too many connections beside it
+	excess   int         // the limit that its account's connections are past; 0 if they are not
 }
 
 // SetDeadline does nothing: gliderlabs/ssh would lift deadlines at each read
@@ -224,15 +224,18 @@ func (c *conn) is(client *Client) {
 	c.mu.Lock()
 	c.client = client
 	c.mu.Unlock()
-	excess := c.server.connections(client.Account.ID) > c.server.cfg.MaxConnections
+	most := c.server.book.account(client.Account.ID).MaxConnections
+	excess := most > 0 && c.server.connections(client.Account.ID) > most
 	c.mu.Lock()
-	c.excess = excess
+	if excess {
+		c.excess = most
+	}
 	c.mu.Unlock()
 }
 
-// isExcess reports whether its account had too many connections when this one
-// came.
-func (c *conn) isExcess() bool {
+// tooMany returns the limit that its account's connections were past when this
+// one came; 0 if they were not.
+func (c *conn) tooMany() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.excess

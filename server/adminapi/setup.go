@@ -1,4 +1,4 @@
-package server
+package adminapi
 
 import (
 	"context"
@@ -143,7 +143,7 @@ func (s *Setup) SetAddress(listen string) error {
 // Setup asks the server for what a client has to be told, and returns the
 // configuration of a kind out of SetupKinds. Host and port are those by which
 // clients reach it; empty ones mean those that it listens on.
-func (c *AdminClient) Setup(ctx context.Context, host, port, kind string) (string, error) {
+func (c *Client) Setup(ctx context.Context, host, port, kind string) (string, error) {
 	status, err := c.Status(ctx)
 	if err != nil {
 		return "", err

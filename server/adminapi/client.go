@@ -1,4 +1,7 @@
-package server
+// Package adminapi is what `nbd admin` and a running server say to each other:
+// JSON over HTTP on a local socket (types.go), and the client's side of it. The
+// server's side is in package server.
+package adminapi
 
 import (
 	"bytes"
@@ -31,70 +34,70 @@ func (e *HintError) Error() string { return e.Err.Error() }
 // Unwrap returns the error without the hint.
 func (e *HintError) Unwrap() error { return e.Err }
 
-// An AdminClient asks a running server through its socket. Errors of its
+// A Client asks a running server through its socket. Errors of its
 // methods are *HintError where there is something to advise.
-type AdminClient struct {
+type Client struct {
 	http  http.Client
 	state string
 }
 
-// NewAdminClient returns a client for the server of a state directory. It does
+// NewClient returns a client for the server of a state directory. It does
 // not connect yet.
-func NewAdminClient(stateDir string) *AdminClient {
+func NewClient(stateDir string) *Client {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
-		return d.DialContext(ctx, "unix", filepath.Join(stateDir, AdminSocket))
+		return d.DialContext(ctx, "unix", filepath.Join(stateDir, Socket))
 	}
-	return &AdminClient{http: http.Client{Transport: &http.Transport{DialContext: dial}}, state: stateDir}
+	return &Client{http: http.Client{Transport: &http.Transport{DialContext: dial}}, state: stateDir}
 }
 
 // Status tells how the server does.
-func (c *AdminClient) Status(ctx context.Context) (s Status, err error) {
+func (c *Client) Status(ctx context.Context) (s Status, err error) {
 	return s, c.do(ctx, http.MethodGet, "/status", nil, nil, &s)
 }
 
 // Accounts lists all accounts with their keys.
-func (c *AdminClient) Accounts(ctx context.Context) (list []AccountInfo, err error) {
+func (c *Client) Accounts(ctx context.Context) (list []AccountInfo, err error) {
 	return list, c.do(ctx, http.MethodGet, "/accounts", nil, nil, &list)
 }
 
 // AddAccount makes an account; its keys are lines as in authorized_keys.
-func (c *AdminClient) AddAccount(ctx context.Context, req NewKeys) (a AccountInfo, err error) {
+func (c *Client) AddAccount(ctx context.Context, req NewKeys) (a AccountInfo, err error) {
 	return a, c.do(ctx, http.MethodPost, "/accounts", nil, req, &a)
 }
 
 // RemoveAccount removes an account with its keys and its view.
-func (c *AdminClient) RemoveAccount(ctx context.Context, name string) error {
+func (c *Client) RemoveAccount(ctx context.Context, name string) error {
 	return c.do(ctx, http.MethodDelete, "/accounts", url.Values{"name": {name}}, nil, nil)
 }
 
 // Keys lists the keys of an account, of all accounts if account is "".
-func (c *AdminClient) Keys(ctx context.Context, account string) (list []KeyInfo, err error) {
+func (c *Client) Keys(ctx context.Context, account string) (list []KeyInfo, err error) {
 	return list, c.do(ctx, http.MethodGet, "/keys", url.Values{"account": {account}}, nil, &list)
 }
 
 // AddKeys adds keys to an account.
-func (c *AdminClient) AddKeys(ctx context.Context, req NewKeys) (list []KeyInfo, err error) {
+func (c *Client) AddKeys(ctx context.Context, req NewKeys) (list []KeyInfo, err error) {
 	return list, c.do(ctx, http.MethodPost, "/keys", nil, req, &list)
 }
 
 // RemoveKey removes the key with a fingerprint.
-func (c *AdminClient) RemoveKey(ctx context.Context, fingerprint string) error {
+func (c *Client) RemoveKey(ctx context.Context, fingerprint string) error {
 	return c.do(ctx, http.MethodDelete, "/keys", url.Values{"fingerprint": {fingerprint}}, nil, nil)
 }
 
 // Check proves the store, with all its bytes if readData.
-func (c *AdminClient) Check(ctx context.Context, readData bool) (r store.Report, err error) {
+func (c *Client) Check(ctx context.Context, readData bool) (r store.Report, err error) {
 	return r, c.do(ctx, http.MethodPost, "/check", url.Values{"readData": {fmt.Sprint(readData)}}, nil, &r)
 }
 
 // GC removes the bytes that no account has any more.
-func (c *AdminClient) GC(ctx context.Context) (f Freed, err error) {
+func (c *Client) GC(ctx context.Context) (f Freed, err error) {
 	return f, c.do(ctx, http.MethodPost, "/gc", nil, nil, &f)
 }
 
 // do sends one request and decodes its answer into out, unless that is nil.
-func (c *AdminClient) do(ctx context.Context, method, path string, query url.Values, in, out any) error {
+func (c *Client) do(ctx context.Context, method, path string, query url.Values, in, out any) error {
 	var body io.Reader
 	if in != nil {
 		b, err := json.Marshal(in)
@@ -114,8 +117,8 @@ func (c *AdminClient) do(ctx context.Context, method, path string, query url.Val
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		var e adminError
-		if err := json.NewDecoder(io.LimitReader(resp.Body, maxAdminBody)).Decode(&e); err != nil {
+		var e Error
+		if err := json.NewDecoder(io.LimitReader(resp.Body, MaxBody)).Decode(&e); err != nil {
 			return fmt.Errorf("server answered %s", resp.Status)
 		}
 		return &HintError{&e, e.Hint}
@@ -127,7 +130,7 @@ func (c *AdminClient) do(ctx context.Context, method, path string, query url.Val
 }
 
 // explain says what to do about a socket that does not answer.
-func (c *AdminClient) explain(err error) error {
+func (c *Client) explain(err error) error {
 	switch {
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return &HintError{fmt.Errorf("no server runs on %s", c.state),
@@ -194,7 +197,7 @@ func ReadKeyFiles(files []string) ([]string, error) {
 
 func readFileOrStdin(name string) ([]byte, error) {
 	if name == "-" {
-		return io.ReadAll(io.LimitReader(os.Stdin, maxAdminBody))
+		return io.ReadAll(io.LimitReader(os.Stdin, MaxBody))
 	}
 	return os.ReadFile(name)
 }

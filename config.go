@@ -1,0 +1,279 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"nbd/server/adminapi"
+	"nbd/server/settings"
+)
+
+// One table of all that an operator configures when the server starts. A flag
+// wins over the environment (NBD_ and the name in upper case, _ for -), that over
+// the file (TOML, the same names). The file's [settings] are another table: what
+// accounts may choose, see package settings.
+
+// A setting is one row of the table.
+type setting struct {
+	name  string
+	value any // the default, of the setting's type
+	usage string
+}
+
+var serveSettings = []setting{
+	{"ssh-listen", ":2222", "address for SSH"},
+	{"server-name", "", "first half of the names of signing keys (default: the host's name)"},
+	{"ciphers", "", "SSH ciphers to offer, commas between them (default: those that suit the processor)"},
+	{"max-connections", uint(2048), "connections that one account may have open at once"},
+	{"max-unauthenticated", uint(64), "connections that may be in their handshake at once"},
+	{"handshake-timeout", 20 * time.Second, "time from connection to authentication"},
+	{"keep-alive", 20 * time.Second, "after how long a silent client is asked for a sign of life"},
+	{"max-guests", uint(0), "builds at once (default: as many as CPUs and memory allow)"},
+	{"memory", uint(0), "MiB of memory for all guests (default: three quarters of the host's)"},
+	{"default-cpu", uint(2), "CPUs of a guest"},
+	{"default-mem", uint(2048), "MiB of memory that a build is given at first"},
+	{"max-mem", uint(0), "MiB up to which a build that ran out is given more (default: what --memory allows)"},
+	{"scratch", uint(51200), "MiB of disk that a build may write, rounded up to a power of two GiB"},
+	{"max-log-size", uint(1 << 30), "bytes of log after which a build is ended; 0 for no limit"},
+	{"min-free", uint(1024), "MiB of disk that uploads, outputs and logs leave free"},
+	{"drain-timeout", 10 * time.Minute, "how long running builds may go on after SIGTERM"},
+	{"log-level", "info", "debug, info, warn or error"},
+	{"log-format", "text", "text or json"},
+}
+
+// guestSettings are what `nbd doctor` needs to know, too.
+var guestSettings = []setting{
+	{"accel", "auto", "kvm, tcg, or auto: KVM if a guest really boots with it"},
+	{"kernel", "", "kernel of the guests: a file, or a name that nbd kernel list prints (default: the first)"},
+	{"qemu", "", "qemu-system-x86_64 (default: searched in PATH)"},
+	{"sandbox-shell", "", "static shell that is /bin/sh in a build (default: busybox, searched)"},
+	{"cold-boot", false, "boot every guest instead of restoring a booted template"},
+}
+
+// A config is the table with the values of one invocation.
+type config struct {
+	flags *pflag.FlagSet
+	file  string
+	// settings is the file's [settings]: what holds for all accounts unless
+	// they say otherwise (package settings), as text by name.
+	settings map[string]string
+}
+
+// newConfig adds flags for the settings, --state and --config to a command.
+func newConfig(cmd *cobra.Command, tables ...[]setting) *config {
+	c := &config{flags: cmd.Flags()}
+	c.flags.StringVar(&c.file, "config", "", "TOML file with any of these settings")
+	c.flags.String("state", defaultState(), "directory of the server's state")
+	for _, table := range tables {
+		for _, s := range table {
+			switch v := s.value.(type) {
+			case bool:
+				c.flags.Bool(s.name, v, s.usage)
+			case uint:
+				c.flags.Uint(s.name, v, s.usage)
+			case time.Duration:
+				c.flags.Duration(s.name, v, s.usage)
+			case string:
+				c.flags.String(s.name, v, s.usage)
+			}
+		}
+	}
+	return c
+}
+
+// variable is a setting's name in the environment.
+func variable(name string) string {
+	return "NBD_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
+}
+
+// unknownVariables returns the names in an environment (os.Environ) that begin
+// with NBD_ and are not of any setting; somebody may have misspelt one.
+func unknownVariables(environ []string) (unknown []string) {
+	known := map[string]bool{"NBD_CONFIG": true, "NBD_STATE": true}
+	for _, table := range [][]setting{serveSettings, guestSettings} {
+		for _, s := range table {
+			known[variable(s.name)] = true
+		}
+	}
+	for _, v := range environ {
+		name, _, _ := strings.Cut(v, "=")
+		if strings.HasPrefix(name, "NBD_") && !known[name] {
+			unknown = append(unknown, name)
+		}
+	}
+	slices.Sort(unknown)
+	return unknown
+}
+
+// load fills the settings that no flag gave from the environment and the file.
+func (c *config) load() error {
+	file, err := c.readFile()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	c.flags.VisitAll(func(f *pflag.Flag) {
+		if f.Changed || !isSetting(f.Name) {
+			delete(file, f.Name)
+			return
+		}
+		env := variable(f.Name)
+		if v := os.Getenv(env); v != "" {
+			if err := f.Value.Set(v); err != nil {
+				errs = append(errs, fmt.Errorf("setting %s: environment %s: %w", f.Name, env, err))
+			}
+		} else if v, ok := file[f.Name]; ok {
+			if err := f.Value.Set(v); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %s: %w", c.file, f.Name, err))
+			}
+		}
+		delete(file, f.Name)
+	})
+	for name := range file {
+		// A file is shared between commands, which do not all have all settings.
+		if !isSetting(name) {
+			errs = append(errs, &adminapi.HintError{Err: fmt.Errorf("%s: there is no setting %q", c.file, name),
+				Hint: "`nbd serve --help` lists them; the names are the same"})
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// isSetting reports whether any table has a name.
+func isSetting(name string) bool {
+	for _, table := range [][]setting{serveSettings, guestSettings} {
+		for _, s := range table {
+			if s.name == name {
+				return true
+			}
+		}
+	}
+	return name == "state"
+}
+
+// readFile returns the file's values as text; a list has commas.
+func (c *config) readFile() (map[string]string, error) {
+	if c.file == "" {
+		c.file = os.Getenv("NBD_CONFIG")
+	}
+	if c.file == "" {
+		return nil, nil
+	}
+	b, err := os.ReadFile(c.file)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	var raw map[string]any
+	if err := toml.Unmarshal(b, &raw); err != nil {
+		var at *toml.DecodeError
+		if errors.As(err, &at) {
+			row, col := at.Position()
+			return nil, fmt.Errorf("%s:%d:%d: %w", c.file, row, col, err)
+		}
+		return nil, fmt.Errorf("%s: %w", c.file, err)
+	}
+	values := map[string]string{}
+	for name, v := range raw {
+		switch v := v.(type) {
+		case map[string]any:
+			if name != "settings" {
+				return nil, fmt.Errorf("%s: [%s]: there is no section but [settings], only names and values", c.file, name)
+			}
+			if c.settings, err = texts(c.file, v); err != nil {
+				return nil, err
+			}
+		default:
+			values[name] = text(v)
+		}
+	}
+	return values, nil
+}
+
+// text returns a value of the file as text; a list has commas.
+func text(v any) string {
+	list, ok := v.([]any)
+	if !ok {
+		return fmt.Sprint(v)
+	}
+	words := make([]string, len(list))
+	for i := range list {
+		words[i] = fmt.Sprint(list[i])
+	}
+	return strings.Join(words, ",")
+}
+
+// systemSettings returns what holds for all accounts unless more is said: the
+// file's [settings], and under them the flags of the same names.
+func (c *config) systemSettings() map[string]string {
+	system := map[string]string{}
+	for _, name := range []string{"default-cpu", "max-mem", "max-log-size", "max-connections"} {
+		system[name] = c.text(name)
+	}
+	maps.Copy(system, c.settings)
+	return system
+}
+
+// texts returns the values of the file's [settings].
+func texts(file string, section map[string]any) (map[string]string, error) {
+	values := make(map[string]string, len(section))
+	for name, v := range section {
+		if _, ok := settings.Lookup(name); !ok {
+			return nil, &adminapi.HintError{Err: fmt.Errorf("%s: [settings]: there is no setting %q", file, name),
+				Hint: "`nbd admin settings --help` lists them"}
+		}
+		values[name] = text(v)
+	}
+	return values, nil
+}
+
+func (c *config) text(name string) string { return c.flags.Lookup(name).Value.String() }
+
+// get returns the value of a setting of type T, which its table gave it.
+func get[T bool | uint | time.Duration](c *config, name string) (v T) {
+	var err error
+	switch v := any(&v).(type) {
+	case *bool:
+		*v, err = c.flags.GetBool(name)
+	case *uint:
+		*v, err = c.flags.GetUint(name)
+	case *time.Duration:
+		*v, err = c.flags.GetDuration(name)
+	}
+	if err != nil {
+		panic(err) // the table has no such setting
+	}
+	return v
+}
+
+// number returns a setting that is a number.
+func (c *config) number(name string) int { return int(get[uint](c, name)) }
+
+// list returns a setting with commas or spaces in it; nil if it is empty.
+func (c *config) list(name string) []string {
+	if c.text(name) == "" {
+		return nil
+	}
+	return strings.FieldsFunc(c.text(name), func(r rune) bool { return r == ',' || r == ' ' })
+}
+
+// defaultState is where the server keeps what it knows if nobody says.
+func defaultState() string {
+	if os.Geteuid() == 0 {
+		return "/var/lib/nbd"
+	}
+	dir := os.Getenv("XDG_STATE_HOME")
+	if dir == "" {
+		dir = filepath.Join(os.Getenv("HOME"), ".local", "state")
+	}
+	return filepath.Join(dir, "nbd")
+}
