@@ -153,7 +153,7 @@ func (r *Runner) startGuest(ctx context.Context, p *platform, m machine, disks g
 // createOutput starts the i-th output.
 func (b *build) createOutput(ctx context.Context, outs Outputs, i int) (OutputWriter, error) {
 	if i == 0 {
-		b.arriving.mark()
+		b.arriving.mark(0)
 		close(b.begun)
 	}
 	w, err := outs.Create(ctx, b.spec.Outputs[i].Name)
@@ -170,7 +170,7 @@ type markedWriter struct {
 }
 
 func (w *markedWriter) Write(p []byte) (int, error) {
-	w.at.mark()
+	w.at.mark(len(p))
 	return w.OutputWriter.Write(p)
 }
 
@@ -295,9 +295,11 @@ type following struct {
 // step waits for one thing to happen. Its error ends the build.
 func (f *following) step(ctx context.Context, frames <-chan link.Message, ended <-chan error) error {
 	b := f.b
-	f.w.active = later(f.w.active, b.pump.get())
+	last, _ := b.pump.get()
+	f.w.active = later(f.w.active, last)
 	if f.w.phase == phaseSending {
-		f.w.active = later(f.w.active, b.arriving.get())
+		last, f.w.arrived = b.arriving.get()
+		f.w.active = later(f.w.active, last)
 	}
 	next := f.w.next()
 	if !time.Now().Before(next.at) {

@@ -13,6 +13,8 @@ import (
 const (
 	startPatience  = 60 * time.Second // from order to started
 	outputPatience = 60 * time.Second // without progress, after the builder ended
+	outputTotal    = 10 * time.Minute // for all outputs, and outputPerMiB for each MiB that has arrived
+	outputPerMiB   = time.Second
 	logPatience    = 20 * time.Second // for the rest of the log, after the result
 )
 
@@ -35,6 +37,7 @@ type watch struct {
 	entered time.Time // into the phase
 	beat    time.Time // last sign of life on the control port
 	active  time.Time // last byte of log while running, or of outputs while sending
+	arrived int64     // bytes of outputs
 }
 
 func newWatch(accel string, spec *Spec, now time.Time) *watch {
@@ -71,6 +74,8 @@ func (w *watch) limits() []limit {
 		}
 	case phaseSending:
 		all = append(all, limit{w.active.Add(patience(w.accel, outputPatience)), errors.New("the outputs of the build did not arrive in time")})
+		inTotal := outputTotal + time.Duration(w.arrived>>20)*outputPerMiB
+		all = append(all, limit{w.entered.Add(patience(w.accel, inTotal)), errors.New("the outputs of the build arrive too slowly")})
 	}
 	return all
 }
@@ -87,23 +92,26 @@ func (w *watch) next() limit {
 	return first
 }
 
-// activity is a time of something that happened last, shared between
+// activity is when bytes came last, and how many in all, shared between
 // goroutines.
 type activity struct {
-	mu   sync.Mutex
-	last time.Time
+	mu    sync.Mutex // guards what follows
+	last  time.Time
+	bytes int64
 }
 
-func (a *activity) mark() {
+// mark says that n bytes came now.
+func (a *activity) mark(n int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.last = time.Now()
+	a.bytes += int64(n)
 }
 
-func (a *activity) get() time.Time {
+func (a *activity) get() (last time.Time, bytes int64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.last
+	return a.last, a.bytes
 }
 
 // later returns the later of two times.
@@ -133,7 +141,7 @@ type logPump struct {
 
 func startLogPump(from net.Conn, to io.Writer, limit int64) *logPump {
 	p := &logPump{limit: limit, moved: newDone(), done: newDone()}
-	p.mark()
+	p.mark(0)
 	go p.run(from, to)
 	return p
 }
@@ -144,7 +152,7 @@ func (p *logPump) run(from io.Reader, to io.Writer) {
 	for {
 		n, err := from.Read(buf)
 		if n > 0 {
-			p.mark()
+			p.mark(n)
 			if werr := p.write(to, buf[:n]); werr != nil {
 				err = werr
 			}

@@ -46,6 +46,18 @@ func TestWatch(t *testing.T) {
 		{name: "outputs stop", accel: "kvm",
 			do: func(w *watch) { w.enter(phaseSending, at(2)); w.beat, w.active = at(60), at(10) },
 			at: at(70), reason: "outputs of the build did not arrive"},
+		{name: "outputs trickle", accel: "kvm",
+			do: func(w *watch) {
+				w.enter(phaseSending, at(2))
+				w.beat, w.active, w.arrived = at(650), at(650), 20<<20
+			},
+			at: at(622), reason: "arrive too slowly"},
+		{name: "outputs trickle, emulated", accel: "tcg",
+			do: func(w *watch) {
+				w.enter(phaseSending, at(2))
+				w.beat, w.active, w.arrived = at(6500), at(6500), 20<<20
+			},
+			at: at(6202), reason: "arrive too slowly"},
 		{name: "phases do not go back", accel: "kvm", spec: Spec{Timeout: time.Second},
 			do: func(w *watch) { w.enter(phaseSending, at(2)); w.enter(phaseRunning, at(3)); w.beat = at(60) },
 			at: at(62), reason: "outputs of the build did not arrive"},
