@@ -73,6 +73,9 @@ type LogSink interface {
 	// StartWait shows that a build waits, and why ("waiting for a machine: 3
 	// builds are ahead"). Calling stop takes the text away.
 	StartWait(drv nixproto.StorePath, why string) (stop func())
+	// StartCopy shows that a path is copied from a cache. Calling stop says that
+	// it has ended.
+	StartCopy(path nixproto.StorePath, from string) (stop func())
 	// Progress tells how many builds of this request are done, expected,
 	// running and failed so far.
 	Progress(done, expected, running, failed uint64)

@@ -445,12 +445,13 @@ func wantError(t *testing.T, r *nixproto.BuildResult, status nixproto.BuildStatu
 
 // A fakeSink records what a client is shown.
 type fakeSink struct {
-	mu    sync.Mutex
-	logs  map[nixproto.StorePath]string
-	notes []string
-	waits []string
-	last  [4]uint64
-	grown chan struct{} // gets a token with each piece of log
+	mu     sync.Mutex
+	logs   map[nixproto.StorePath]string
+	notes  []string
+	waits  []string
+	copies []string // "PATH FROM"
+	last   [4]uint64
+	grown  chan struct{} // gets a token with each piece of log
 }
 
 func newFakeSink() *fakeSink {
@@ -468,6 +469,13 @@ func (s *fakeSink) StartWait(_ nixproto.StorePath, why string) func() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.waits = append(s.waits, why)
+	return func() {}
+}
+
+func (s *fakeSink) StartCopy(path nixproto.StorePath, from string) func() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.copies = append(s.copies, string(path)+" "+from)
 	return func() {}
 }
 

@@ -117,6 +117,23 @@ func (l *workerLog) StartWait(drv nixproto.StorePath, why string) (stop func()) 
 	return sync.OnceFunc(func() { l.send(&nixproto.LogStopActivity{ID: id}, 0) })
 }
 
+// StartCopy implements LogSink.
+func (l *workerLog) StartCopy(path nixproto.StorePath, from string) (stop func()) {
+	id := l.ids.next()
+	l.send(&nixproto.LogStartActivity{
+		ID:     id,
+		Level:  nixproto.LevelInfo,
+		Type:   nixproto.ActCopyPath,
+		Text:   copyText(path, from),
+		Fields: []nixproto.Field{nixproto.TextField(string(path)), nixproto.TextField(from), nixproto.TextField("local")},
+	}, 2*(len(path)+len(from)))
+	return sync.OnceFunc(func() { l.send(&nixproto.LogStopActivity{ID: id}, 0) })
+}
+
+func copyText(path nixproto.StorePath, from string) string {
+	return fmt.Sprintf("copying path '%s' from '%s'", path, from)
+}
+
 // Progress implements LogSink.
 func (l *workerLog) Progress(done, expected, running, failed uint64) {
 	id := l.open()
@@ -177,6 +194,12 @@ func (l *serveLog) StartBuild(nixproto.StorePath) BuildLog { return &serveBuildL
 // StartWait implements LogSink.
 func (l *serveLog) StartWait(_ nixproto.StorePath, why string) (stop func()) {
 	l.Note(why)
+	return func() {}
+}
+
+// StartCopy implements LogSink.
+func (l *serveLog) StartCopy(path nixproto.StorePath, from string) (stop func()) {
+	l.Note(copyText(path, from))
 	return func() {}
 }
 

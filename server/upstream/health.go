@@ -3,7 +3,6 @@ package upstream
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 
@@ -93,7 +92,7 @@ func (k *Cache) priority(info *nixproto.CacheInfo) int {
 
 // Order returns those of the caches that are available, in the order of their
 // priority, and the errors of the others. It asks all of them at once.
-func Order(ctx context.Context, caches []*Cache) ([]*Cache, error) {
+func Order(ctx context.Context, caches []*Cache) (ordered []*Cache, faults []error) {
 	type answer struct {
 		cache    *Cache
 		priority int
@@ -114,14 +113,12 @@ func Order(ctx context.Context, caches []*Cache) ([]*Cache, error) {
 		<-done
 	}
 	slices.SortStableFunc(answers, func(a, b answer) int { return cmp.Compare(a.priority, b.priority) })
-	var ordered []*Cache
-	var errs []error
 	for _, a := range answers {
 		if a.err != nil {
-			errs = append(errs, a.err)
+			faults = append(faults, a.err)
 		} else {
 			ordered = append(ordered, a.cache)
 		}
 	}
-	return ordered, errors.Join(errs...)
+	return ordered, faults
 }

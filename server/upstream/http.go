@@ -79,8 +79,11 @@ func (s *site) get(ctx context.Context, ref string) (*body, error) {
 		if err == nil || again < 0 || try == maxTries || ctx.Err() != nil {
 			return b, err
 		}
-		delay := backoff << (try - 1)
-		s.c.cfg.wait(ctx, max(again, delay/2+rand.N(delay)))
+		if again > 0 {
+			s.c.cfg.wait(ctx, again)
+		} else {
+			s.c.Backoff(ctx, try)
+		}
 	}
 }
 
@@ -220,4 +223,11 @@ func retryAfter(resp *http.Response) time.Duration {
 		return 0
 	}
 	return min(time.Duration(n)*time.Second, maxRetryAfter)
+}
+
+// Backoff waits before what broke off is tried again after that many tries, or
+// until ctx ends.
+func (c *Client) Backoff(ctx context.Context, tries int) {
+	delay := backoff << min(max(tries-1, 0), 4)
+	c.cfg.wait(ctx, delay/2+rand.N(delay))
 }

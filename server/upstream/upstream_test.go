@@ -357,9 +357,9 @@ func TestOrder(t *testing.T) {
 		caches = append(caches, c.Cache(source(t, site.URL+"/"+s.query, false), Tokens{}))
 		site.handle("/"+cacheInfo, site.handlers[cacheInfo])
 	}
-	got, err := Order(ctx, caches)
-	if !slices.Equal(got, []*Cache{caches[2], caches[1], caches[3], caches[0]}) || !errors.Is(err, ErrUnavailable) {
-		t.Errorf("%v, %v", got, err)
+	got, faults := Order(ctx, caches)
+	if !slices.Equal(got, []*Cache{caches[2], caches[1], caches[3], caches[0]}) || len(faults) != 1 || !errors.Is(faults[0], ErrUnavailable) {
+		t.Errorf("%v, %v", got, faults)
 	}
 }
 
