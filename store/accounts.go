@@ -133,6 +133,10 @@ func (s *Store) RemoveAccount(ctx context.Context, a AccountID) error {
 	if err != nil {
 		return fmt.Errorf("remove account: %w", err)
 	}
+	s.removals.Add(1) // ends what others have chosen of its view
+	if err := s.dropSigned(ctx, a); err != nil {
+		return fmt.Errorf("remove account: remove it from the index of signed paths: %w", err)
+	}
 	if err := os.RemoveAll(s.drvLogDir(a)); err != nil {
 		return fmt.Errorf("remove account: remove its logs: %w", err)
 	}

@@ -23,6 +23,7 @@ const maxOpenFiles = 32
 // A burst gathers paths and blobs for one commit. It is used by one goroutine.
 type burst struct {
 	s      *Store
+	sight  *Sight // what paths may refer to
 	lease  *Lease // on the paths and on what they refer to
 	pinned []sum
 	req    commitRequest
@@ -44,8 +45,10 @@ type placedFile struct {
 	file *blobFile
 }
 
-func (s *Store) newBurst(a AccountID) *burst {
-	b := &burst{s: s, lease: s.NewLease(a), charge: s.NewCharge(a), added: make(map[nixproto.StorePath]*record), blobs: make(map[sum]bool)}
+// newBurst returns a burst into the own view of v's account.
+func (s *Store) newBurst(v *Sight) *burst {
+	a := v.account
+	b := &burst{s: s, sight: v, lease: s.NewLease(a), charge: s.NewCharge(a), added: make(map[nixproto.StorePath]*record), blobs: make(map[sum]bool)}
 	b.req.account = a
 	return b
 }
@@ -74,37 +77,34 @@ func (b *burst) stored(h sum) (ok, damaged bool, err error) {
 	return false, false, err
 }
 
-// missing returns the first reference of a path that will not be valid once
-// the burst is committed; "" if there is none.
-func (b *burst) missing(r *record) (nixproto.StorePath, error) {
-	var others []nixproto.StorePath
-	for _, ref := range r.References {
-		if ref != r.Path && b.added[ref] == nil {
-			others = append(others, ref)
-		}
-	}
-	if len(others) == 0 {
-		return "", nil
-	}
-	return b.s.missing(b.req.account, others)
-}
-
 // pathMemory is what a path of a burst takes beside its record's strings: the
 // record, its places in maps and lists, its blob, lease and pin.
 const pathMemory = 1 << 10
 
-// addPath adds the record of a path.
-func (b *burst) addPath(r *record) error {
-	b.known += pathMemory + int64(len(r.References))*int64(len(r.Path)+pathMemory/16)
-	for _, sig := range r.Signatures {
-		b.known += int64(len(sig))
+// addPath adds the record of a path, and of what it refers to and is only lent.
+func (b *burst) addPath(r *record, lent []*record) error {
+	for _, l := range lent {
+		if err := b.count(l); err != nil {
+			return err
+		}
+		b.req.adopted = append(b.req.adopted, l)
+		b.added[l.Path] = l
 	}
-	if err := b.charge.Set(b.known); err != nil {
+	if err := b.count(r); err != nil {
 		return err
 	}
 	b.req.paths = append(b.req.paths, r)
 	b.added[r.Path] = r
 	return nil
+}
+
+// count counts the memory that a record takes.
+func (b *burst) count(r *record) error {
+	b.known += pathMemory + int64(len(r.References))*int64(len(r.Path)+pathMemory/16)
+	for _, sig := range r.Signatures {
+		b.known += int64(len(sig))
+	}
+	return b.charge.Set(b.known)
 }
 
 // beginFrame begins a frame for a small NAR, whose bytes are then appended to
@@ -260,6 +260,9 @@ func (b *burst) commit() error {
 		return err
 	}
 	if err := b.placeFiles(); err != nil {
+		return err
+	}
+	if err := b.hashClosures(); err != nil {
 		return err
 	}
 	req := b.req

@@ -34,41 +34,5 @@ func (s *Store) ClosureInfo(ctx context.Context, a AccountID, roots []nixproto.S
 // closure calls f with the records of the closure of roots, each after those
 // of the paths it refers to.
 func (v *view) closure(ctx context.Context, roots []nixproto.StorePath, f func(*record)) error {
-	// A step is a path whose references are being visited, from next on.
-	type step struct {
-		rec  *record
-		next int
-	}
-	seen := make(map[nixproto.StorePath]bool)
-	var stack []step
-	enter := func(p nixproto.StorePath) error {
-		if seen[p] {
-			return nil
-		}
-		seen[p] = true
-		r, err := v.want(p)
-		if err != nil {
-			return err
-		}
-		stack = append(stack, step{rec: r})
-		return ctx.Err()
-	}
-	for _, p := range roots {
-		if err := enter(p); err != nil {
-			return err
-		}
-		for len(stack) > 0 {
-			top := &stack[len(stack)-1]
-			if top.next == len(top.rec.References) {
-				f(top.rec)
-				stack = stack[:len(stack)-1]
-				continue
-			}
-			top.next++
-			if err := enter(top.rec.References[top.next-1]); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+	return walk(ctx, roots, v.want, f)
 }

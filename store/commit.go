@@ -46,6 +46,12 @@ type pending struct {
 	end   place // behind the last commit
 	paths map[viewPath]*record
 	blobs map[sum]blobRecord
+	// signed are the accounts that a path is pending for with a signature in
+	// the name of a public key.
+	signed map[nixproto.StorePath][]AccountID
+	// replaced are the accounts of which a path gets other content than it had
+	// in the database or while it was pending.
+	replaced map[AccountID]bool
 }
 
 // A viewPath is a path in a view.
@@ -54,17 +60,30 @@ type viewPath struct {
 	path    nixproto.StorePath
 }
 
-// add puts a commit that ends at end behind the others.
-func (p *pending) add(x batch, end place) {
+// add puts a commit that ends at end behind the others. public are the names
+// of public keys.
+func (p *pending) add(x batch, end place, public map[string]bool) {
 	if p.paths == nil {
 		p.paths = make(map[viewPath]*record)
 		p.blobs = make(map[sum]blobRecord)
+		p.signed = make(map[nixproto.StorePath][]AccountID)
+		p.replaced = make(map[AccountID]bool)
+	}
+	for _, a := range x.replaced {
+		p.replaced[a] = true
 	}
 	for i := range x.blobs {
 		p.blobs[x.blobs[i].sum] = x.blobs[i].at
 	}
 	for _, b := range x.paths {
-		p.paths[viewPath{b.account, b.rec.Path}] = b.rec
+		k := viewPath{b.account, b.rec.Path}
+		if old := p.paths[k]; old != nil && !old.sameContent(b.rec) {
+			p.replaced[b.account] = true
+		}
+		p.paths[k] = b.rec
+		if len(signers(b.rec, public)) > 0 {
+			p.signed[b.rec.Path] = append(p.signed[b.rec.Path], b.account)
+		}
 	}
 	p.end = end
 }
@@ -74,7 +93,7 @@ func (p *pending) count() int { return len(p.paths) + len(p.blobs) }
 
 // apply writes what is pending to the database. It goes by sorted keys, which
 // spares bbolt moving what it has put into a page before.
-func (p *pending) apply(tx *bolt.Tx) error {
+func (p *pending) apply(tx *bolt.Tx, s *Store) error {
 	if p.count() == 0 {
 		return nil
 	}
@@ -89,8 +108,13 @@ func (p *pending) apply(tx *bolt.Tx) error {
 	for _, k := range slices.SortedFunc(maps.Keys(p.paths), compareViewPaths) {
 		if v == nil || v.account != k.account {
 			var err error
-			if v, err = openView(tx, k.account); err != nil {
+			if v, err = s.writeView(tx, k.account); err != nil {
 				return err
+			}
+			if p.replaced[k.account] {
+				if err := v.nextEpoch(); err != nil {
+					return err
+				}
 			}
 		}
 		if err := v.put(p.paths[k]); err != nil {
@@ -112,6 +136,9 @@ type commitRequest struct {
 	account AccountID // of the paths; 0 if there are none
 	paths   []*record
 	repair  bool // over records that are there
+	// adopted are records of lent paths, each after those it refers to, that
+	// become valid with those of paths that refer to them.
+	adopted []*record
 	blobs   []newBlob
 	frames  []byte // NAR frames that are not in a segment yet
 	// kept are the paths that were valid already with other content; set by
@@ -177,7 +204,7 @@ func (s *Store) commitGroupLocked(group []*commitRequest) error {
 		return err
 	}
 	s.pendingMu.Lock()
-	s.pending.add(*x, end)
+	s.pending.add(*x, end, s.publicNames)
 	count := s.pending.count()
 	s.pendingMu.Unlock()
 	s.pendingCount.Store(int64(count))
@@ -196,12 +223,19 @@ func (s *Store) commitGroupLocked(group []*commitRequest) error {
 	return nil
 }
 
+// A decision is what a group of requests changes.
+type decision struct {
+	s     *Store
+	x     *batch
+	paths map[viewPath]*record // in x
+}
+
 // decideLocked returns what changes: paths that are not in their view yet or
 // are to be repaired, and blobs that are not stored yet, with the requests that
 // bring them.
 func (s *Store) decideLocked(group []*commitRequest) (x *batch, owners []*commitRequest, err error) {
 	x = &batch{}
-	paths := make(map[viewPath]*record)
+	d := &decision{s: s, x: x, paths: make(map[viewPath]*record)}
 	blobs := make(map[sum]bool)
 	err = s.db.View(func(tx *bolt.Tx) error {
 		known := tx.Bucket(bucketBlobs)
@@ -224,22 +258,8 @@ func (s *Store) decideLocked(group []*commitRequest) (x *batch, owners []*commit
 				x.blobs = append(x.blobs, batchBlob{b.sum, b.at})
 				owners = append(owners, r)
 			}
-			for _, rec := range r.paths {
-				k := viewPath{r.account, rec.Path}
-				old := cmp.Or(paths[k], s.pending.paths[k])
-				if old == nil {
-					if old, err = v.get(rec.Path); err != nil {
-						return err
-					}
-				}
-				if old != nil && (!r.repair || paths[k] != nil) {
-					if old.NarHash != rec.NarHash {
-						r.kept = append(r.kept, rec.Path)
-					}
-					continue
-				}
-				paths[k] = rec
-				x.paths = append(x.paths, batchPath{r.account, rec})
+			if err := d.request(r, v); err != nil {
+				return err
 			}
 		}
 		return nil
@@ -248,6 +268,86 @@ func (s *Store) decideLocked(group []*commitRequest) (x *batch, owners []*commit
 		return nil, nil, fmt.Errorf("commit: %w", databaseError(err))
 	}
 	return x, owners, nil
+}
+
+// request decides what becomes of the paths of one request, whose view is v.
+func (d *decision) request(r *commitRequest, v *view) error {
+	begin := len(d.x.paths)
+	settled := true // no path keeps other content than the request has for it
+	for _, rec := range r.paths {
+		old, err := d.known(v, rec.Path)
+		if err != nil {
+			return err
+		}
+		k := viewPath{r.account, rec.Path}
+		if old != nil && (!r.repair || d.paths[k] != nil) {
+			if old.NarHash != rec.NarHash {
+				r.kept = append(r.kept, rec.Path)
+			}
+			settled = settled && old.sameContent(rec)
+			continue
+		}
+		if old != nil && !old.sameContent(rec) {
+			d.x.replaced = append(d.x.replaced, r.account)
+		}
+		d.paths[k] = rec
+		d.x.paths = append(d.x.paths, batchPath{r.account, rec})
+	}
+	if len(r.adopted) > 0 {
+		same, err := d.adopt(r, v, d.x.paths[begin:])
+		if err != nil {
+			return err
+		}
+		settled = settled && same
+	}
+	if !settled {
+		// Their closure hashes were computed from what did not come to be.
+		for _, p := range d.x.paths[begin:] {
+			p.rec.closure = sum{}
+		}
+	}
+	return nil
+}
+
+// known returns the record that a path of the view has, or gets by an earlier
+// request.
+func (d *decision) known(v *view, p nixproto.StorePath) (*record, error) {
+	k := viewPath{v.account, p}
+	if old := cmp.Or(d.paths[k], d.s.pending.paths[k]); old != nil {
+		return old, nil
+	}
+	return v.get(p)
+}
+
+// adopt lets lent paths become valid that paths refer to, directly or not. same
+// is false if the view has another content for one of them meanwhile.
+func (d *decision) adopt(r *commitRequest, v *view, paths []batchPath) (same bool, err error) {
+	same = true
+	wanted := make(map[nixproto.StorePath]bool)
+	for _, p := range paths {
+		for _, ref := range p.rec.References {
+			wanted[ref] = true
+		}
+	}
+	for _, rec := range slices.Backward(r.adopted) {
+		if !wanted[rec.Path] {
+			continue
+		}
+		old, err := d.known(v, rec.Path)
+		if err != nil {
+			return false, err
+		}
+		if old != nil { // with its closure
+			same = same && old.sameContent(rec)
+			continue
+		}
+		for _, ref := range rec.References {
+			wanted[ref] = true
+		}
+		d.paths[viewPath{r.account, rec.Path}] = rec
+		d.x.paths = append(d.x.paths, batchPath{r.account, rec})
+	}
+	return same, nil
 }
 
 // lostBlobs returns an error if a segment with one of r's blobs could not be
@@ -333,7 +433,7 @@ func (s *Store) update(f func(tx *bolt.Tx) error) error {
 
 func (s *Store) updateLocked(f func(tx *bolt.Tx) error) error {
 	err := s.db.Update(func(tx *bolt.Tx) error {
-		if err := s.pending.apply(tx); err != nil {
+		if err := s.pending.apply(tx, s); err != nil {
 			return fmt.Errorf("write pending commits: %w", err)
 		}
 		return f(tx)
@@ -342,6 +442,9 @@ func (s *Store) updateLocked(f func(tx *bolt.Tx) error) error {
 		return databaseError(err)
 	}
 	s.pendingMu.Lock()
+	if s.pending.count() > 0 {
+		s.flushes.Add(1)
+	}
 	s.pending = pending{}
 	s.pendingMu.Unlock()
 	s.pendingCount.Store(0)
@@ -400,6 +503,17 @@ func (s *Store) pendingRecord(a AccountID, p nixproto.StorePath) *record {
 	s.pendingMu.RLock()
 	defer s.pendingMu.RUnlock()
 	return s.pending.paths[viewPath{a, p}]
+}
+
+// pendingSigned returns the accounts that a path is pending for with a signature
+// in the name of a public key.
+func (s *Store) pendingSigned(p nixproto.StorePath) []AccountID {
+	if s.pendingCount.Load() == 0 {
+		return nil
+	}
+	s.pendingMu.RLock()
+	defer s.pendingMu.RUnlock()
+	return slices.Clone(s.pending.signed[p])
 }
 
 // missing returns the first of paths that is not in the view; "" if all are.

@@ -77,6 +77,9 @@ func parseFrame(b []byte, room int64) (f frame, ok bool) {
 type batch struct {
 	blobs []batchBlob
 	paths []batchPath
+	// replaced are the accounts of which a path that was valid gets other
+	// content. It is not encoded: whoever writes the records sees it.
+	replaced []AccountID
 }
 
 type batchBlob struct {

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -39,25 +40,18 @@ const gcBatch = 500
 // them, or it is leased, nothing is removed and the error is ErrInUse and
 // names it. Paths that are not in the view are ErrNotFound. Bytes that
 // nobody has any more go at the next Sweep.
-func (s *Store) Delete(ctx context.Context, a AccountID, paths ...nixproto.StorePath) (res GCResult, err error) {
-	s.leases.deleting.Lock()
-	defer s.leases.deleting.Unlock()
+//
+// Who refers to them is looked for in the whole view, while others go on;
+// commits meanwhile say what they refer to.
+func (s *Store) Delete(ctx context.Context, a AccountID, paths ...nixproto.StorePath) (GCResult, error) {
 	paths = slices.Compact(slices.Sorted(slices.Values(paths)))
-	err = s.update(func(tx *bolt.Tx) error {
-		v, err := openView(tx, a)
-		if err != nil {
-			return err
-		}
-		if err := s.deletable(v, paths); err != nil {
-			return err
-		}
-		for _, p := range paths {
-			if err := v.collect(p, &res); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
+	c := s.beginCollection(a)
+	defer s.endCollection(c)
+	err := s.readView(a, func(v *view) error { return s.deletable(ctx, v, paths) })
+	var res GCResult
+	if err == nil {
+		res, err = s.deleteAll(c, paths)
+	}
 	if err != nil {
 		return GCResult{}, fmt.Errorf("delete: %w", err)
 	}
@@ -65,23 +59,53 @@ func (s *Store) Delete(ctx context.Context, a AccountID, paths ...nixproto.Store
 }
 
 // deletable says why paths cannot be deleted together.
-func (s *Store) deletable(v *view, paths []nixproto.StorePath) error {
+func (s *Store) deletable(ctx context.Context, v *view, paths []nixproto.StorePath) error {
 	set := make(map[string]bool)
 	for _, p := range paths {
 		if _, err := v.want(p); err != nil {
 			return err
 		}
-		if s.leases.leased(v.account, p) {
+		if s.leases.leased(v.account, p) { // spares the rest
 			return fmt.Errorf("%s is %w", p, ErrInUse)
 		}
 		set[p.Base()] = true
 	}
-	return v.referrers(set, func(p, target nixproto.StorePath) error {
-		if set[p.Base()] {
+	return v.each(func(p nixproto.StorePath, rec []byte) error {
+		err := eachReference(rec, func(base []byte) error {
+			if set[string(base)] && !set[p.Base()] {
+				return fmt.Errorf("%s%s is %w: %s refers to it", storePrefix, base, ErrInUse, p)
+			}
 			return nil
-		}
-		return fmt.Errorf("%s is %w: %s refers to it", target, ErrInUse, p)
+		})
+		return errors.Join(err, ctx.Err())
 	})
+}
+
+// deleteAll deletes paths to which others did not refer when the collection
+// began, or none of them.
+func (s *Store) deleteAll(c *collection, paths []nixproto.StorePath) (res GCResult, err error) {
+	s.leases.deleting.Lock()
+	defer s.leases.deleting.Unlock()
+	err = s.update(func(tx *bolt.Tx) error {
+		v, err := s.writeView(tx, c.account)
+		if err != nil {
+			return err
+		}
+		for _, p := range paths {
+			if c.used[p] {
+				return fmt.Errorf("%s is %w: something that was just added refers to it", p, ErrInUse)
+			}
+			if s.leases.leased(c.account, p) {
+				return fmt.Errorf("%s is %w", p, ErrInUse)
+			}
+			if err := v.collect(p, &res); err != nil {
+				return err
+			}
+		}
+		s.deletions.Add(1)
+		return nil
+	})
+	return res, err
 }
 
 // collect removes a path that is in the view and counts it.
@@ -92,7 +116,7 @@ func (v *view) collect(p nixproto.StorePath, res *GCResult) error {
 	}
 	res.Paths = append(res.Paths, p)
 	res.Freed += r.NarSize
-	return v.remove(p)
+	return v.removeRecord(r)
 }
 
 // GC deletes from the view what is neither leased nor kept by the options nor
@@ -103,8 +127,8 @@ func (v *view) collect(p nixproto.StorePath, res *GCResult) error {
 func (s *Store) GC(ctx context.Context, a AccountID, opts GCOptions) (GCResult, error) {
 	s.gcMu.Lock()
 	defer s.gcMu.Unlock()
-	s.setCollection(&collection{a, make(map[nixproto.StorePath]bool)})
-	defer s.setCollection(nil)
+	c := s.beginCollection(a)
+	defer s.endCollection(c)
 	var live, dead []*record
 	err := s.readView(a, func(v *view) (err error) {
 		live, dead, err = s.judge(ctx, v, opts)
@@ -129,11 +153,11 @@ func (s *Store) GC(ctx context.Context, a AccountID, opts GCOptions) (GCResult, 
 		}
 		return res, nil
 	}
-	return s.deleteDead(ctx, a, dead, opts.MaxFreed)
+	return s.deleteDead(ctx, c, dead, opts.MaxFreed)
 }
 
-// A collection is what commits tell a GC that is under way; guarded by
-// commitMu.
+// A collection is what commits tell a GC or Delete that is under way; guarded
+// by commitMu.
 type collection struct {
 	account AccountID
 	// used are the paths that commits referred to, and those that these and
@@ -141,21 +165,33 @@ type collection struct {
 	used map[nixproto.StorePath]bool
 }
 
-func (s *Store) setCollection(c *collection) {
+// beginCollection makes commits tell what they refer to until endCollection.
+func (s *Store) beginCollection(a AccountID) *collection {
+	c := &collection{a, make(map[nixproto.StorePath]bool)}
 	s.commitMu.Lock()
 	defer s.commitMu.Unlock()
-	s.collection = c
+	if s.collections == nil {
+		s.collections = make(map[*collection]bool)
+	}
+	s.collections[c] = true
+	return c
+}
+
+func (s *Store) endCollection(c *collection) {
+	s.commitMu.Lock()
+	defer s.commitMu.Unlock()
+	delete(s.collections, c)
 }
 
 // noteLocked notes what a commit refers to.
 func (s *Store) noteLocked(x *batch) {
-	if s.collection == nil {
-		return
-	}
-	for _, p := range x.paths {
-		if p.account == s.collection.account {
+	for c := range s.collections {
+		for _, p := range x.paths {
+			if p.account != c.account {
+				continue
+			}
 			for _, ref := range p.rec.References {
-				s.collection.used[ref] = true
+				c.used[ref] = true
 			}
 		}
 	}
@@ -205,7 +241,7 @@ func (s *Store) judge(ctx context.Context, v *view, opts GCOptions) (live, dead 
 
 // deleteDead deletes paths that are still not in use. Each comes after those
 // that refer to it.
-func (s *Store) deleteDead(ctx context.Context, a AccountID, dead []*record, maxFreed uint64) (GCResult, error) {
+func (s *Store) deleteDead(ctx context.Context, c *collection, dead []*record, maxFreed uint64) (GCResult, error) {
 	var res GCResult
 	for batch := range slices.Chunk(dead, gcBatch) {
 		if err := ctx.Err(); err != nil {
@@ -214,33 +250,34 @@ func (s *Store) deleteDead(ctx context.Context, a AccountID, dead []*record, max
 		if maxFreed > 0 && res.Freed >= maxFreed {
 			break
 		}
-		got, err := s.deleteBatch(a, batch, maxFreed-min(res.Freed, maxFreed))
+		got, err := s.deleteBatch(c, batch, maxFreed-min(res.Freed, maxFreed))
 		if err != nil {
 			return res, fmt.Errorf("collect: %w", err)
 		}
 		res.Paths = append(res.Paths, got.Paths...)
 		res.Freed += got.Freed
 	}
-	return res, s.dropRealisations(a)
+	return res, s.dropRealisations(c.account)
 }
 
 // deleteBatch deletes those of batch that nobody has begun to use, until
 // maxFreed bytes are freed unless it is 0.
-func (s *Store) deleteBatch(a AccountID, batch []*record, maxFreed uint64) (res GCResult, err error) {
+func (s *Store) deleteBatch(c *collection, batch []*record, maxFreed uint64) (res GCResult, err error) {
 	s.leases.deleting.Lock()
 	defer s.leases.deleting.Unlock()
 	err = s.update(func(tx *bolt.Tx) error {
-		v, err := openView(tx, a)
+		v, err := s.writeView(tx, c.account)
 		if err != nil {
 			return err
 		}
+		s.deletions.Add(1)
 		for _, r := range batch {
 			if maxFreed > 0 && res.Freed >= maxFreed {
 				return nil
 			}
-			if used := s.collection.used; used[r.Path] || s.leases.leased(a, r.Path) {
+			if c.used[r.Path] || s.leases.leased(c.account, r.Path) {
 				for _, ref := range r.References { // they come later
-					used[ref] = true
+					c.used[ref] = true
 				}
 				continue
 			}
@@ -261,24 +298,36 @@ func (s *Store) deleteBatch(a AccountID, batch []*record, maxFreed uint64) (res 
 
 // dropRealisations removes the realisations of paths that are not in the view.
 func (s *Store) dropRealisations(a AccountID) error {
+	var gone [][]byte
+	dead := func(v *view, b []byte) bool {
+		r, err := nixproto.ParseRealisation(b[min(1, len(b)):])
+		return err != nil || !v.has(r.OutPath)
+	}
+	err := s.readView(a, func(v *view) error {
+		return v.realisations().ForEach(func(k, b []byte) error {
+			if dead(v, b) {
+				gone = append(gone, slices.Clone(k))
+			}
+			return nil
+		})
+	})
+	if err != nil || len(gone) == 0 {
+		return err
+	}
 	return s.update(func(tx *bolt.Tx) error {
 		v, err := openView(tx, a)
 		if err != nil {
 			return err
 		}
-		var gone [][]byte
-		err = v.realisations().ForEach(func(k, b []byte) error {
-			r, err := nixproto.ParseRealisation(b[min(1, len(b)):])
-			if err != nil || !v.has(r.OutPath) {
-				gone = append(gone, slices.Clone(k))
-			}
-			return nil
-		})
 		for _, k := range gone {
-			if err == nil {
-				err = v.realisations().Delete(k)
+			b := v.realisations().Get(k)
+			if b == nil || !dead(v, b) { // the path came back
+				continue
+			}
+			if err := v.realisations().Delete(k); err != nil {
+				return err
 			}
 		}
-		return err
+		return nil
 	})
 }

@@ -26,6 +26,7 @@ type Lease struct {
 	s       *Store
 	leases  *leases
 	account AccountID
+	sight   *Sight // holds to its choices until Release; nil for none
 
 	mu    sync.Mutex
 	paths map[nixproto.StorePath]bool // nil after Release
@@ -125,8 +126,14 @@ func (l *Lease) dropLocked(paths map[nixproto.StorePath]bool) {
 func (l *Lease) Release() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.paths == nil {
+		return
+	}
 	l.dropLocked(l.paths)
 	l.paths = nil
+	if l.sight != nil {
+		l.sight.release()
+	}
 }
 
 // leased reports whether somebody uses a path.

@@ -21,9 +21,7 @@ func (s *Store) Info(ctx context.Context, a AccountID, p nixproto.StorePath) (*n
 	if r == nil {
 		return nil, fmt.Errorf("path %s: %w", p, ErrNotFound)
 	}
-	info := r.PathInfo // a pending record stays as it is
-	info.References, info.Signatures = slices.Clip(info.References), slices.Clip(info.Signatures)
-	return &info, nil
+	return r.info(), nil
 }
 
 // Valid returns those of paths that are in the account's view, in their order.
@@ -81,16 +79,23 @@ func (s *Store) ByHashPart(ctx context.Context, a AccountID, part string) (p nix
 	if len(part) != nixproto.HashPartLen {
 		return "", fmt.Errorf("hash part of %d characters: %w", len(part), ErrNotFound)
 	}
-	prefix := []byte(part + "-")
 	err = s.readView(a, func(v *view) error {
-		k, _ := v.paths.Cursor().Seek(prefix)
-		if !bytes.HasPrefix(k, prefix) {
+		if p = v.byHashPart(part); p == "" {
 			return fmt.Errorf("hash part %s: %w", part, ErrNotFound)
 		}
-		p = nixproto.StorePath(storePrefix + string(k))
 		return nil
 	})
 	return p, err
+}
+
+// byHashPart returns the path of the view with that hash part, or "".
+func (v *view) byHashPart(part string) nixproto.StorePath {
+	prefix := []byte(part + "-")
+	k, _ := v.paths.Cursor().Seek(prefix)
+	if !bytes.HasPrefix(k, prefix) {
+		return ""
+	}
+	return nixproto.StorePath(storePrefix + string(k))
 }
 
 // Referrers returns the paths of the view that refer to p, sorted; p itself is
@@ -125,7 +130,7 @@ func (s *Store) ValidDerivers(ctx context.Context, a AccountID, p nixproto.Store
 // are not verified here. Not in the view: ErrNotFound.
 func (s *Store) AddSignatures(ctx context.Context, a AccountID, p nixproto.StorePath, sigs []string) error {
 	return s.update(func(tx *bolt.Tx) error {
-		v, err := openView(tx, a)
+		v, err := s.writeView(tx, a)
 		if err != nil {
 			return err
 		}
@@ -143,10 +148,6 @@ func (s *Store) AddSignatures(ctx context.Context, a AccountID, p nixproto.Store
 			return nil
 		}
 		slices.Sort(r.Signatures)
-		rec, err := appendRecord(nil, r)
-		if err != nil {
-			return err
-		}
-		return v.paths.Put([]byte(p.Base()), rec)
+		return v.put(r)
 	})
 }

@@ -37,26 +37,38 @@ func (s *Store) AddRealisation(ctx context.Context, a AccountID, r *nixproto.Rea
 // hash modulo, or ErrNotFound; also if the output path is not in the view any
 // more.
 func (s *Store) Realisation(ctx context.Context, a AccountID, drvHash nixproto.Hash, output string) (*nixproto.Realisation, error) {
-	var r nixproto.Realisation
+	var r *nixproto.Realisation
 	err := s.readView(a, func(v *view) error {
-		b := v.realisations().Get(realisationKey(drvHash, output))
-		if b == nil {
-			return fmt.Errorf("realisation of %s!%s: %w", drvHash, output, ErrNotFound)
+		real, out, err := v.realisation(drvHash, output)
+		if err == nil && out == nil {
+			err = fmt.Errorf("realisation of %s!%s: %w", drvHash, output, ErrNotFound)
 		}
-		if b[0] != jsonVersion {
-			return fmt.Errorf("realisation: %w: version %d", ErrDamaged, b[0])
-		}
-		var err error
-		if r, err = nixproto.ParseRealisation(b[1:]); err != nil {
-			return fmt.Errorf("%w: %w", ErrDamaged, err)
-		}
-		if !v.has(r.OutPath) {
-			return fmt.Errorf("realisation of %s!%s: %w", drvHash, output, ErrNotFound)
-		}
-		return nil
+		r = real
+		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	return &r, nil
+	return r, nil
+}
+
+// realisation returns a realisation of the view and the record of its output
+// path; nil if either is not there.
+func (v *view) realisation(drvHash nixproto.Hash, output string) (*nixproto.Realisation, *record, error) {
+	b := v.realisations().Get(realisationKey(drvHash, output))
+	if b == nil {
+		return nil, nil, nil
+	}
+	if b[0] != jsonVersion {
+		return nil, nil, fmt.Errorf("realisation: %w: version %d", ErrDamaged, b[0])
+	}
+	r, err := nixproto.ParseRealisation(b[1:])
+	if err != nil {
+		return nil, nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	out, err := v.get(r.OutPath)
+	if out == nil || err != nil {
+		return nil, nil, err
+	}
+	return &r, out, nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 
 	"nbd/nixproto"
@@ -25,9 +26,17 @@ type record struct {
 	// outputs are the base names of the outputs of a derivation, sorted; they
 	// are in the view's index of derivers.
 	outputs []string
-	// closure is the hash of what the path's closure consists of; the zero sum
-	// if it was not computed. The key of a build is made of it.
+	// closure is the path's closure hash (nixproto.ClosureHash), which holds as
+	// long as the view's epoch is epoch; the zero sum if it is not known.
+	// closurehash.go tells why.
 	closure sum
+	epoch   uint64
+}
+
+// sameContent reports whether r and o, of the same path, are of the same
+// content.
+func (r *record) sameContent(o *record) bool {
+	return r.NarHash == o.NarHash && r.NarSize == o.NarSize && r.CA == o.CA && slices.Equal(r.References, o.References)
 }
 
 // The bits of a record's second byte.
@@ -42,8 +51,8 @@ const (
 
 // appendRecord appends the encoding of r to b: version, bits, NAR hash, NAR
 // size, registration time, references and signatures, and then, each if its
-// bit is set, deriver, content address, outputs and closure hash. Paths are
-// written as base names.
+// bit is set, deriver, content address, outputs, and at last epoch (eight
+// bytes, little endian) and closure hash. Paths are written as base names.
 func appendRecord(b []byte, r *record) ([]byte, error) {
 	h, err := sumOf(r.NarHash)
 	if err != nil {
@@ -79,6 +88,7 @@ func appendRecord(b []byte, r *record) ([]byte, error) {
 		b = appendStrings(b, r.outputs)
 	}
 	if r.closure != (sum{}) {
+		b = binary.LittleEndian.AppendUint64(b, r.epoch)
 		b = append(b, r.closure[:]...)
 	}
 	return b, nil
@@ -122,6 +132,7 @@ func decodeRecord(p nixproto.StorePath, b []byte) (*record, error) {
 		}
 	}
 	if bits&recordClosure != 0 {
+		r.epoch = d.uint64()
 		if r.closure = d.sum(); r.closure == (sum{}) {
 			d.fail("no closure hash")
 		}
@@ -139,6 +150,16 @@ func recordSum(b []byte) (h sum, err error) {
 		return h, fmt.Errorf("record: %w", ErrDamaged)
 	}
 	return sum(b[2:][:len(h)]), nil
+}
+
+// recordClosureHash returns the closure hash in an encoded record, the zero sum
+// if it has none for that epoch, without decoding the rest.
+func recordClosureHash(b []byte, epoch uint64) (h sum) {
+	n := len(b) - len(h)
+	if len(b) < 2+8+len(h) || b[1]&recordClosure == 0 || binary.LittleEndian.Uint64(b[n-8:]) != epoch {
+		return h
+	}
+	return sum(b[n:])
 }
 
 // eachReference calls f with the base names of the references in an encoded
@@ -273,6 +294,13 @@ func (d *decoder) byte() byte {
 func (d *decoder) uint32() uint32 {
 	if s := d.take(4); s != "" {
 		return binary.LittleEndian.Uint32([]byte(s))
+	}
+	return 0
+}
+
+func (d *decoder) uint64() uint64 {
+	if s := d.take(8); s != "" {
+		return binary.LittleEndian.Uint64([]byte(s))
 	}
 	return 0
 }

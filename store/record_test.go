@@ -38,7 +38,7 @@ var testRecords = map[string]*record{
 			Ultimate: true, Signatures: []string{"cache.example.org-1:AAAA", "nbd/alice-1:BBBB"},
 			CA: "fixed:r:sha256:0000000000000000000000000000000000000000000000000000",
 		},
-		closure: sum{7},
+		closure: sum{7}, epoch: 3,
 	},
 	"derivation": {
 		PathInfo: nixproto.PathInfo{Path: pathB, NarHash: testHash(3), NarSize: 800, References: []nixproto.StorePath{pathC}},

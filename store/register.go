@@ -25,6 +25,10 @@ type Registration struct {
 // a blob that is stored already is the caller's to know; ErrNotFound if it is
 // not stored. The Staged are used up, whatever the outcome.
 func (s *Store) Register(ctx context.Context, a AccountID, regs []Registration) error {
+	return s.register(ctx, s.NewSight(a, Trust{}), regs)
+}
+
+func (s *Store) register(ctx context.Context, v *Sight, regs []Registration) error {
 	defer func() {
 		for _, r := range regs {
 			if r.Staged != nil {
@@ -32,27 +36,29 @@ func (s *Store) Register(ctx context.Context, a AccountID, regs []Registration) 
 			}
 		}
 	}()
-	if err := errors.Join(ctx.Err(), s.checkAccount(a)); err != nil {
+	if err := errors.Join(ctx.Err(), s.checkAccount(v.account)); err != nil {
 		return err
 	}
-	b := s.newBurst(a)
+	b := s.newBurst(v)
 	defer b.end()
-	recs, err := s.registerRecords(b, regs)
+	recs, lent, err := s.registerRecords(ctx, b, regs)
 	if err != nil {
 		return err
 	}
 	for i, r := range recs {
-		if err := s.registerOne(b, r, regs[i].Staged); err != nil {
+		if err := s.registerOne(b, r, lent, regs[i].Staged); err != nil {
 			return fmt.Errorf("register %s: %w", r.Path, err)
 		}
+		lent = nil // the first path brings them for all
 	}
 	return b.commit()
 }
 
 // registerRecords makes the records, and checks that they refer to what is
-// valid.
-func (s *Store) registerRecords(b *burst, regs []Registration) ([]*record, error) {
-	recs := make([]*record, len(regs))
+// valid or lent. It returns the records of what is lent as well.
+func (s *Store) registerRecords(ctx context.Context, b *burst, regs []Registration) (recs, lent []*record, err error) {
+	recs = make([]*record, len(regs))
+	var all []nixproto.StorePath // references
 	refs := make(map[nixproto.StorePath][]nixproto.StorePath)
 	for i := range regs {
 		r := &record{PathInfo: regs[i].Info}
@@ -62,29 +68,31 @@ func (s *Store) registerRecords(b *burst, regs []Registration) ([]*record, error
 		}
 		if st := regs[i].Staged; st != nil {
 			if !st.done || st.err != nil || st.used {
-				return nil, fmt.Errorf("register %s: its NAR is not finished", r.Path)
+				return nil, nil, fmt.Errorf("register %s: its NAR is not finished", r.Path)
 			}
 			r.NarHash, r.NarSize = st.NarHash(), st.NarSize()
 		}
 		if refs[r.Path] != nil {
-			return nil, fmt.Errorf("register %s: %w: twice", r.Path, ErrInvalid)
+			return nil, nil, fmt.Errorf("register %s: %w: twice", r.Path, ErrInvalid)
 		}
+		all = append(all, r.References...)
 		refs[r.Path] = append([]nixproto.StorePath{}, r.References...)
 		b.lease.Add(r.Path)
 		b.lease.Add(r.References...)
 		recs[i] = r
 	}
-	for _, r := range recs {
-		others := slices.DeleteFunc(slices.Clone(r.References), func(ref nixproto.StorePath) bool { return refs[ref] != nil })
-		missing, err := s.missing(b.req.account, others)
-		if err != nil {
-			return nil, err
-		}
-		if missing != "" {
-			return nil, fmt.Errorf("register %s: %w reference: %s is not valid", r.Path, ErrInvalid, missing)
-		}
+	lent, missing, err := b.references(ctx, all, func(p nixproto.StorePath) bool { return refs[p] != nil })
+	if err != nil {
+		return nil, nil, err
 	}
-	return recs, checkAcyclic(refs)
+	if missing != "" {
+		i := slices.IndexFunc(recs, func(r *record) bool { return slices.Contains(r.References, missing) })
+		return nil, nil, fmt.Errorf("register %s: %w reference: %s is not valid", recs[max(i, 0)].Path, ErrInvalid, missing)
+	}
+	for _, l := range lent {
+		refs[l.Path] = append([]nixproto.StorePath{}, l.References...)
+	}
+	return recs, lent, checkAcyclic(refs)
 }
 
 // checkAcyclic returns an error if a path refers to itself by way of others.
@@ -105,8 +113,8 @@ func checkAcyclic(refs map[nixproto.StorePath][]nixproto.StorePath) error {
 	return nil
 }
 
-// registerOne adds one path with its blob to the burst.
-func (s *Store) registerOne(b *burst, r *record, st *Staged) error {
+// registerOne adds one path with its blob to the burst, and what is lent.
+func (s *Store) registerOne(b *burst, r *record, lent []*record, st *Staged) error {
 	h, err := sumOf(r.NarHash)
 	if err != nil {
 		return err
@@ -124,12 +132,12 @@ func (s *Store) registerOne(b *burst, r *record, st *Staged) error {
 		if err := s.checkStored(check, h); err != nil {
 			return err
 		}
-		return b.addPath(r)
+		return b.addPath(r, lent)
 	}
 	if err := check.read(st, st.Index()); err != nil {
 		return err
 	}
-	if err := b.addPath(r); err != nil {
+	if err := b.addPath(r, lent); err != nil {
 		return err
 	}
 	if stored {

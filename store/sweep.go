@@ -259,7 +259,7 @@ func (s *Store) compact(ctx context.Context, live map[uint64]map[sum]blobRecord)
 // moveBlobs copies blobs to the end of the last segment. Damaged ones stay, and
 // are an error.
 func (s *Store) moveBlobs(blobs map[sum]blobRecord) error {
-	b := s.newBurst(0)
+	b := s.newBurst(s.NewSight(0, Trust{}))
 	defer b.end()
 	for _, h := range slices.SortedFunc(maps.Keys(blobs), compareSums) {
 		blob, err := s.openBlob(h, blobs[h])

@@ -43,11 +43,15 @@ var errEnded = errors.New("upload has ended")
 // NewUpload begins a burst of uploads into the account's view. The caller ends
 // it with Commit or Abort.
 func (s *Store) NewUpload(ctx context.Context, a AccountID, opts UploadOptions) (*Upload, error) {
-	if err := s.checkAccount(a); err != nil {
+	return s.newUpload(ctx, s.NewSight(a, Trust{}), opts)
+}
+
+func (s *Store) newUpload(ctx context.Context, v *Sight, opts UploadOptions) (*Upload, error) {
+	if err := s.checkAccount(v.account); err != nil {
 		return nil, err
 	}
-	u := &Upload{ctx: ctx, opts: opts, b: s.newBurst(a)}
-	u.in = newIngest(s.NewCharge(a), nil)
+	u := &Upload{ctx: ctx, opts: opts, b: s.newBurst(v)}
+	u.in = newIngest(s.NewCharge(v.account), nil)
 	u.b.req.repair = opts.Repair
 	return u, nil
 }
@@ -92,7 +96,8 @@ func (u *Upload) add(info *nixproto.PathInfo, r io.Reader) error {
 	rec := &record{PathInfo: *info}
 	rec.References = slices.Compact(slices.Sorted(slices.Values(info.References)))
 	rec.RegistrationTime = u.b.s.cfg.Now().Unix()
-	if err := u.checkReferences(rec); err != nil {
+	lent, err := u.checkReferences(rec)
+	if err != nil {
 		return err
 	}
 	u.b.pin(want)
@@ -107,7 +112,7 @@ func (u *Upload) add(info *nixproto.PathInfo, r io.Reader) error {
 	u.bytes += info.NarSize
 	switch {
 	case old == nil:
-		return u.b.addPath(rec)
+		return u.b.addPath(rec, lent)
 	case old.NarHash != rec.NarHash:
 		u.b.kept = append(u.b.kept, rec.Path)
 	}
@@ -124,21 +129,33 @@ func (u *Upload) known(rec *record) (*record, error) {
 }
 
 // checkReferences leases the path with what it refers to, and checks that all
-// of that is valid.
-func (u *Upload) checkReferences(rec *record) error {
+// of that is valid or lent. It returns the records of what is lent.
+func (u *Upload) checkReferences(rec *record) (lent []*record, err error) {
 	u.b.lease.Add(rec.Path)
 	u.b.lease.Add(rec.References...)
-	missing, err := u.b.missing(rec)
+	lent, missing, err := u.b.references(u.ctx, rec.References, func(p nixproto.StorePath) bool {
+		return p == rec.Path || u.b.added[p] != nil
+	})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if missing != "" {
-		return fmt.Errorf("%w reference: %s is not valid", ErrInvalid, missing)
+		return nil, fmt.Errorf("%w reference: %s is not valid", ErrInvalid, missing)
+	}
+	for _, l := range lent {
+		if slices.Contains(l.References, rec.Path) {
+			return nil, circular(rec.Path)
+		}
 	}
 	if u.opts.Repair {
-		return u.checkCycle(rec)
+		return lent, u.checkCycle(rec)
 	}
-	return nil
+	return lent, nil
+}
+
+// circular is the error of a path that would refer to itself.
+func circular(p nixproto.StorePath) error {
+	return fmt.Errorf("%w references: %s would refer to itself by way of others", ErrInvalid, p)
 }
 
 // checkCycle refuses a repair that would make a path refer to itself by way of
@@ -150,12 +167,12 @@ func (u *Upload) checkCycle(rec *record) error {
 			refs = append(refs, ref)
 		}
 	}
-	closure, err := u.b.s.Closure(u.ctx, u.b.req.account, refs)
+	closure, err := u.b.sight.Closure(u.ctx, refs)
 	if err != nil {
 		return err
 	}
 	if slices.Contains(closure, rec.Path) {
-		return fmt.Errorf("%w references: %s would refer to itself by way of others", ErrInvalid, rec.Path)
+		return circular(rec.Path)
 	}
 	return nil
 }

@@ -13,6 +13,7 @@ type view struct {
 	account AccountID
 	bucket  *bolt.Bucket
 	paths   *bolt.Bucket
+	signed  *signedIndex // nil in a view that is only read
 }
 
 // openView returns the view of an account, or ErrNotFound.
@@ -21,7 +22,7 @@ func openView(tx *bolt.Tx, a AccountID) (*view, error) {
 	if b == nil {
 		return nil, fmt.Errorf("account %d: %w", a, ErrNotFound)
 	}
-	return &view{a, b, b.Bucket(viewPaths)}, nil
+	return &view{account: a, bucket: b, paths: b.Bucket(viewPaths)}, nil
 }
 
 func (v *view) derivers() *bolt.Bucket     { return v.bucket.Bucket(viewDerivers) }
@@ -63,9 +64,16 @@ func (v *view) want(p nixproto.StorePath) (*record, error) {
 func (v *view) has(p nixproto.StorePath) bool { return v.paths.Get([]byte(p.Base())) != nil }
 
 // put writes the record of a path over the one that is there, if any, and
-// keeps the index of derivers in step.
+// keeps the indexes and the epoch in step.
 func (v *view) put(r *record) error {
-	if err := v.remove(r.Path); err != nil {
+	old, err := v.get(r.Path)
+	if err == nil && old != nil {
+		err = v.removeRecord(old)
+		if err == nil && !old.sameContent(r) {
+			err = v.nextEpoch()
+		}
+	}
+	if err != nil {
 		return err
 	}
 	rec, err := appendRecord(nil, r)
@@ -81,22 +89,31 @@ func (v *view) put(r *record) error {
 			return err
 		}
 	}
-	return nil
+	return v.signed.put(r)
 }
 
-// remove takes a path out of the view, if it is there.
-func (v *view) remove(p nixproto.StorePath) error {
-	r, err := v.get(p)
-	if err != nil || r == nil {
-		return err
-	}
-	base := p.Base()
+// removeRecord takes the path of r, which is its record, out of the view.
+func (v *view) removeRecord(r *record) error {
+	base := r.Path.Base()
 	for _, out := range r.outputs {
 		if err := v.derivers().Delete(pairKey(out, base)); err != nil {
 			return err
 		}
 	}
+	if err := v.signed.remove(r); err != nil {
+		return err
+	}
 	return v.paths.Delete([]byte(base))
+}
+
+// epoch returns the view's epoch; see closurehash.go.
+func (v *view) epoch() uint64 {
+	return keyID(v.bucket.Get(viewEpoch))
+}
+
+// nextEpoch makes all closure hashes of the view void.
+func (v *view) nextEpoch() error {
+	return v.bucket.Put(viewEpoch, idKey(v.epoch()+1))
 }
 
 // each calls f with every path of the view, sorted, and its encoded record,
