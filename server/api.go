@@ -53,8 +53,16 @@ type apiCall struct {
 	server *Server
 	args   []string
 	flags  map[string][]string // values by name, in order; one "" for a flag without
-	// text says that the answer is for people.
-	text bool
+	callMode
+}
+
+// readInput reads a text from the client.
+func (c *apiCall) readInput() (string, error) {
+	if c.input == nil {
+		return "", usagef("standard input is read by a single command only: ssh HOST shell COMMAND")
+	}
+	b, err := io.ReadAll(io.LimitReader(c.input, maxSignature+1))
+	return string(b), err
 }
 
 // flag returns the last value of a flag, and whether it was given.
@@ -240,17 +248,26 @@ func (cmd *apiCommand) usage() string {
 	return text
 }
 
+// A callMode says how a command came: what of an apiCall is not in its words.
+type callMode struct {
+	// text says that the answer is for people.
+	text bool
+	// input is what the client sends to a single command; nil where there is no
+	// such thing.
+	input io.Reader
+}
+
 // call runs the command that words name, in session s.
-func (s *Server) call(ctx context.Context, sess *Session, words []string, text bool) (*apiCommand, any, error) {
+func (s *Server) call(ctx context.Context, sess *Session, words []string, mode callMode) (*apiCommand, any, error) {
 	cmd, c, err := parseCall(words)
 	if err != nil {
 		return nil, nil, err
 	}
 	if c.has(helpFlag.name) {
-		c.args, c.flags = strings.Fields(cmd.name), nil
+		c = &apiCall{args: strings.Fields(cmd.name)}
 		cmd = commandNamed("help")
 	}
-	c.Session, c.server, c.text = sess, s, text
+	c.Session, c.server, c.callMode = sess, s, mode
 	if cmd.need != "" {
 		if err := sess.Client.require(cmd.need); err != nil {
 			return nil, nil, err
@@ -338,6 +355,11 @@ func apiCommands() []apiCommand {
 	commandTable.once.Do(func() {
 		commandTable.list = slices.Concat(
 			buildCommands(),
+			summaryCommands(),
+			settingsCommands(),
+			keyCommands(),
+			tokenCommands(),
+			storeCommands(),
 			helpCommands(),
 		)
 	})

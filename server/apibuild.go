@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"errors"
-	"math"
 	"time"
 
 	"nbd/reuse"
@@ -23,7 +22,7 @@ type apiBuild struct {
 	StatusMessage          string            `json:"status_message"`
 	CPUCount               int               `json:"cpu_count"`
 	AllocatedMegabytes     int               `json:"allocated_megabytes"`
-	CPUSeconds             int64             `json:"cpu_seconds"`
+	CPUSeconds             int64             `json:"cpu_seconds"` // what it costs
 	PeakMemoryUseKilobytes int64             `json:"peak_memory_use_kilobytes"`
 	PeakStorageKilobytes   int64             `json:"peak_storage_use_kilobytes"`
 	DerivationPath         string            `json:"derivation_path"`
@@ -79,7 +78,7 @@ func (s *Server) newAPIBuild(ctx context.Context, b *store.Build, now time.Time)
 		BuildID: b.ID, CreateTime: apiTime{b.Created}, StartTime: optTime(b.Started),
 		QueueTimeSeconds: inSeconds(queued), DurationSeconds: inSeconds(ran),
 		BuildStatus: b.Status, Status: b.Status, StatusMessage: b.Error,
-		CPUCount: b.CPUs, AllocatedMegabytes: b.MemoryMiB, CPUSeconds: buildCPUSeconds(b, now),
+		CPUCount: b.CPUs, AllocatedMegabytes: b.MemoryMiB, CPUSeconds: b.CPUSeconds,
 		PeakMemoryUseKilobytes: b.PeakMemory >> 10, PeakStorageKilobytes: b.PeakStorage >> 10,
 		DerivationPath: string(b.DrvPath), System: b.System,
 		Outputs: []apiBuildOutput{}, Tags: b.Tags,
@@ -123,17 +122,6 @@ func buildTimes(b *store.Build, now time.Time) (queued, ran time.Duration) {
 		return max(0, end.Sub(b.Created)), 0
 	}
 	return max(0, b.Started.Sub(b.Created)), max(0, end.Sub(b.Started))
-}
-
-// buildCPUSeconds is the CPU time of a build: the seconds that its guest was
-// there, times its CPUs, at least 1. What was not run, and what will be run
-// again for a reason of ours, has none.
-func buildCPUSeconds(b *store.Build, now time.Time) int64 {
-	if b.Started.IsZero() || b.ReusedFrom != 0 || discarded(b) || reuse.Status(b.Status) == reuse.ClientError {
-		return 0
-	}
-	_, ran := buildTimes(b, now)
-	return max(1, int64(math.Ceil(ran.Seconds()*float64(b.CPUs))))
 }
 
 // discarded reports whether a build ended for a reason of ours.

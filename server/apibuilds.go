@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -35,6 +36,9 @@ func buildCommands() []apiCommand {
 		{name: "builds log", args: "ID", need: BuildRead, run: buildLog,
 			help: "print the log of a build, live while it runs", complete: completeBuild,
 			more: "On a pipe, and with api, the bytes are those that the builder wrote."},
+		{name: "why", args: "ID", need: BuildRead, run: why, text: textOf(printWhy), complete: completeBuild,
+			help: "say how a request for a build was answered, and why",
+			more: "Each check has a line, in their order; the one that decided is marked."},
 	}
 }
 
@@ -79,18 +83,16 @@ func (c *apiCall) parseFilter() (store.BuildFilter, error) {
 	} else if c.text {
 		f.Limit = shellBuilds
 	}
-	reused := c.has("--reused")
-	f.Match = func(b *store.Build) bool { return (reused || isRun(b)) && hasTags(b, tags) }
+	f.Reused = c.has("--reused")
+	if len(tags) > 0 {
+		f.Match = func(b *store.Build) bool { return hasTags(b, tags) }
+	}
 	return f, nil
 }
 
 var buildStatuses = []string{store.StatusPending, store.StatusRunning, store.StatusBuilt, store.StatusBuildFailed,
 	store.StatusCancelled, store.StatusTimeout, store.StatusInternalError, store.StatusOutOfMemory,
 	store.StatusMaxMemoryExceeded, store.StatusLogLimit, store.StatusClientDisconnect, store.StatusClientError}
-
-// isRun reports whether a record is of a run of the account, and not of a
-// request that was answered without one.
-func isRun(b *store.Build) bool { return b.ReusedFrom == 0 }
 
 // A tag is what a build was marked with.
 type tag struct{ name, value string }
@@ -219,7 +221,11 @@ func buildLog(ctx context.Context, c *apiCall) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	log, err := c.server.store.OpenBuildLog(ctx, b.ID)
+	id := b.ID
+	if b.LogOf != 0 {
+		id = b.LogOf
+	}
+	log, err := c.server.store.OpenBuildLog(ctx, id)
 	if errors.Is(err, store.ErrNotFound) {
 		return nil, notFoundf("build %d has no log", b.ID)
 	}
@@ -238,8 +244,61 @@ func printBuild(w io.Writer, b apiBuild) error {
 	rows := [][2]string{
 		{"build", fmt.Sprint(b.BuildID)}, {"derivation", b.DerivationPath}, {"system", b.System},
 		{"status", b.Status}, {"message", b.StatusMessage}, {"created", b.CreateTime.String()},
+		{"queued for", fmt.Sprintf("%.1f s", b.QueueTimeSeconds)},
 	}
-	_, err := fmt.Fprint(w, rows)
+	if b.StartTime != nil {
+		rows = append(rows, [][2]string{{"started", b.StartTime.String()}, {"took", fmt.Sprintf("%.1f s", b.DurationSeconds)},
+			{"CPU time", fmt.Sprintf("%d s on %d CPUs", b.CPUSeconds, b.CPUCount)},
+			{"memory", fmt.Sprintf("%d MiB at most, of %d MiB", b.PeakMemoryUseKilobytes>>10, b.AllocatedMegabytes)},
+			{"disk", fmt.Sprintf("%d MiB at most", b.PeakStorageKilobytes>>10)}}...)
+	}
+	for _, other := range []struct {
+		name string
+		id   *store.BuildID
+	}{{"restart of", b.RestartOf}, {"restarted as", b.RestartedAs}, {"reused from", b.ReusedFrom}} {
+		if other.id != nil {
+			rows = append(rows, [2]string{other.name, fmt.Sprintf("build %d", *other.id)})
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(b.Tags)) {
+		rows = append(rows, [2]string{"tag", name + ":" + b.Tags[name]})
+	}
+	for _, o := range b.Outputs {
+		rows = append(rows, [2]string{"output", fmt.Sprintf("%s %s, %d bytes, %s", o.Name, o.Path, o.NarSizeBytes, o.NarHash)})
+	}
+	return printRows(w, rows)
+}
+
+// An apiWhy says how a request was answered, and why.
+type apiWhy struct {
+	BuildID   store.BuildID    `json:"build_id"`
+	Status    string           `json:"status"`
+	Decisions []store.Decision `json:"decisions"`
+}
+
+func why(ctx context.Context, c *apiCall) (any, error) {
+	b, err := c.build(ctx)
+	if err != nil {
+		return nil, err
+	}
+	w := apiWhy{b.ID, b.Status, b.Decisions}
+	if w.Decisions == nil {
+		w.Decisions = []store.Decision{}
+	}
+	return w, nil
+}
+
+func printWhy(w io.Writer, why apiWhy) error {
+	var text strings.Builder
+	fmt.Fprintf(&text, "build %d: %s\n", why.BuildID, why.Status)
+	for _, d := range why.Decisions {
+		mark := " "
+		if d.Taken {
+			mark = "*"
+		}
+		fmt.Fprintf(&text, "%s %-12s %s\n", mark, d.Check, strings.ReplaceAll(d.Reason, "\n", " "))
+	}
+	_, err := io.WriteString(w, text.String())
 	return err
 }
 

@@ -47,7 +47,11 @@ func (c *cleanWriter) Write(p []byte) (int, error) {
 // Close writes what is pending, and sets the colours back.
 func (c *cleanWriter) Close() error {
 	for _, b := range c.pending {
-		c.escape(b)
+		if b >= utf8.RuneSelf || isControl(rune(b)) {
+			c.escape(b)
+		} else {
+			c.out.WriteByte(b)
+		}
 	}
 	c.pending = nil
 	if c.set {

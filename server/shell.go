@@ -25,7 +25,9 @@ func (ss *session) runAPI(words []string) int {
 		return fail(errEnding)
 	}
 	defer ss.finish()
-	_, v, err := ss.server.call(ss.ctx, ss.Session, words, false)
+	ctx, stop := ss.untilInterrupted()
+	defer stop()
+	_, v, err := ss.server.call(ctx, ss.Session, words, callMode{input: ss.input()})
 	if err == nil {
 		err = writeAnswer(ss.stdout(), v)
 	}
@@ -38,10 +40,25 @@ func (ss *session) runAPI(words []string) int {
 // runShell runs one command, or those that the client sends, one a line; it
 // returns the exit status: that of the last command that failed.
 func (ss *session) runShell(words []string) int {
-	if len(words) > 0 {
-		return ss.runLine(ss.ctx, ss.stdout(), ss.stderr(), words)
+	switch {
+	case len(words) > 0:
+		ctx, stop := ss.untilInterrupted()
+		defer stop()
+		return ss.runLine(ctx, ss.input(), ss.stdout(), ss.stderr(), words)
+	case ss.isTerminal():
+		return ss.runTerminal()
 	}
 	return ss.runLines()
+}
+
+// untilInterrupted returns the session's context, which ctrl-C ends, too, if
+// there is a terminal.
+func (ss *session) untilInterrupted() (ctx context.Context, stop context.CancelFunc) {
+	ctx, stop = context.WithCancel(ss.ctx)
+	if ss.isTerminal() {
+		ss.newTerminalInput().interrupts(stop)
+	}
+	return ctx, stop
 }
 
 // runLines is the shell on plain pipes.
@@ -62,7 +79,7 @@ func (ss *session) runLines() int {
 		case len(words) == 1 && isExit(words[0]):
 			return status
 		case len(words) > 0:
-			if st := ss.runLine(ss.ctx, ss.stdout(), ss.stderr(), words); st != 0 {
+			if st := ss.runLine(ss.ctx, nil, ss.stdout(), ss.stderr(), words); st != 0 {
 				status = st
 			}
 		}
@@ -96,20 +113,27 @@ func readLine(in *bufio.Reader) (string, error) {
 }
 
 // runLine runs one command of the shell and returns its exit status.
-func (ss *session) runLine(ctx context.Context, stdout, stderr io.Writer, words []string) int {
+func (ss *session) runLine(ctx context.Context, in io.Reader, stdout, stderr io.Writer, words []string) int {
 	if !ss.begin() {
 		return ss.shellError(stderr, errEnding)
 	}
 	defer ss.finish()
-	cmd, v, err := ss.server.call(ctx, ss.Session, words, true)
+	cmd, v, err := ss.server.call(ctx, ss.Session, words, callMode{text: true, input: in})
 	if err == nil {
 		err = ss.print(stdout, cmd, v)
 	}
-	if err != nil {
+	switch {
+	case err != nil && ctx.Err() != nil && ss.ctx.Err() == nil:
+		_, _ = io.WriteString(stderr, "\n") // the client may be gone
+		return exitInterrupted
+	case err != nil:
 		return ss.shellError(stderr, err)
 	}
 	return 0
 }
+
+// exitInterrupted is the exit status of a command that ctrl-C ended.
+const exitInterrupted = 130
 
 // print writes the value of a command as text.
 func (ss *session) print(w io.Writer, cmd *apiCommand, v any) error {
@@ -141,6 +165,14 @@ func (ss *session) shellError(stderr io.Writer, err error) int {
 	// The client may be gone.
 	_, _ = io.WriteString(newCleanWriter(stderr, false), "nbd: error: "+text+"\n")
 	return apiStatus(err)
+}
+
+// input is what a single command may read; on a terminal only ctrl-C is read.
+func (ss *session) input() io.Reader {
+	if ss.isTerminal() {
+		return nil
+	}
+	return ss.ch
 }
 
 // stdout is where answers go. On a terminal lines end as terminals need it.

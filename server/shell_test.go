@@ -20,7 +20,7 @@ func (ts *testServer) addBuild(a store.AccountID, change func(*store.Build)) *st
 	start := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 	b := &store.Build{Account: a, DrvPath: testDrv, Name: "test", System: "x86_64-linux", Status: store.StatusBuilt,
 		Created: start, Started: start.Add(1500 * time.Millisecond), Stopped: start.Add(11500 * time.Millisecond),
-		CPUs: 2, MemoryMiB: 2048, PeakMemory: 3 << 20, PeakStorage: 4 << 10}
+		CPUs: 2, MemoryMiB: 2048, CPUSeconds: 20, LimitSeconds: 20, PeakMemory: 3 << 20, PeakStorage: 4 << 10}
 	if change != nil {
 		change(b)
 	}
@@ -86,7 +86,7 @@ func TestListBuilds(t *testing.T) {
 	ts.addBuild(other.ID, day(1))      // 2
 	ts.addBuild(ts.account.ID, day(2)) // 3
 	ts.addBuild(ts.account.ID, func(b *store.Build) { day(3)(b); b.Status = store.StatusBuildFailed })
-	ts.addBuild(ts.account.ID, func(b *store.Build) { day(4)(b); b.ReusedFrom = 1 })
+	ts.addBuild(ts.account.ID, func(b *store.Build) { day(4)(b); b.Reused, b.ReusedFrom = true, 1 })
 	for _, test := range []struct{ args, want string }{
 		{"", "4 3 1"},
 		{"--reused", "5 4 3 1"},
