@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -46,6 +47,7 @@ func (r *Report) problem(format string, args ...any) {
 func (s *Store) Check(ctx context.Context, readData bool) (*Report, error) {
 	rep := &Report{}
 	blobs := make(map[sum]bool)
+	signed := 0
 	err := s.read(func(tx *bolt.Tx) error {
 		err := tx.Bucket(bucketBlobs).ForEach(func(k, _ []byte) error {
 			blobs[sum(k)] = true
@@ -54,14 +56,23 @@ func (s *Store) Check(ctx context.Context, readData bool) (*Report, error) {
 		if err != nil {
 			return err
 		}
-		return tx.Bucket(bucketViews).ForEachBucket(func(k []byte) error {
+		err = tx.Bucket(bucketViews).ForEachBucket(func(k []byte) error {
 			rep.Accounts++
-			v, err := openView(tx, AccountID(keyID(k)))
+			v, err := s.writeView(tx, AccountID(keyID(k)))
 			if err != nil {
 				return err
 			}
-			return rep.checkView(ctx, v, blobs)
+			n, err := rep.checkView(ctx, v, blobs)
+			signed += n
+			if err == nil && readData {
+				err = rep.checkClosures(ctx, v)
+			}
+			return err
 		})
+		if err != nil {
+			return err
+		}
+		return rep.checkSigned(tx, signed)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("check: %w", err)
@@ -79,9 +90,10 @@ func (s *Store) Check(ctx context.Context, readData bool) (*Report, error) {
 }
 
 // checkView checks the records of a view and its indexes against one another.
-func (r *Report) checkView(ctx context.Context, v *view, blobs map[sum]bool) error {
+// It returns how many entries the view has in the index of signed paths.
+func (r *Report) checkView(ctx context.Context, v *view, blobs map[sum]bool) (signed int, err error) {
 	outputs := 0
-	err := v.each(func(p nixproto.StorePath, b []byte) error {
+	err = v.each(func(p nixproto.StorePath, b []byte) error {
 		r.Paths++
 		rec, err := decodeRecord(p, b)
 		if err != nil {
@@ -103,15 +115,72 @@ func (r *Report) checkView(ctx context.Context, v *view, blobs map[sum]bool) err
 				r.problem("account %d: %s is missing among the derivers of %s", v.account, p, out)
 			}
 		}
+		for _, name := range signers(rec, v.signed.names) {
+			signed++
+			want := signedKey(name, p.Base(), v.account)
+			if k, _ := v.signed.bucket.Cursor().Seek(want); !bytes.Equal(k, want) {
+				r.problem("account %d: %s is missing in the index of what %s signed", v.account, p, name)
+			}
+		}
 		return ctx.Err()
 	})
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if n := v.derivers().Stats().KeyN; n != outputs {
 		r.problem("account %d: %d outputs of derivations, but %d derivers", v.account, outputs, n)
 	}
-	return nil
+	return signed, nil
+}
+
+// checkSigned counts the entries of the index of signed paths, but for those
+// that removed accounts left.
+func (r *Report) checkSigned(tx *bolt.Tx, want int) error {
+	have := 0
+	views := tx.Bucket(bucketViews)
+	err := tx.Bucket(bucketSigned).ForEach(func(k, _ []byte) error {
+		if views.Bucket(k[max(len(k)-8, 0):]) != nil {
+			have++
+		}
+		return nil
+	})
+	if have != want {
+		r.problem("%d signatures by public keys, but %d entries in their index", want, have)
+	}
+	return err
+}
+
+// checkClosures compares the closure hashes that a view keeps with what its
+// records say.
+func (r *Report) checkClosures(ctx context.Context, v *view) error {
+	var all []nixproto.StorePath
+	err := v.each(func(p nixproto.StorePath, _ []byte) error {
+		all = append(all, p)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	sums := make(map[nixproto.StorePath]nixproto.ClosureHash, len(all))
+	epoch := v.epoch()
+	err = v.closure(ctx, all, func(rec *record) {
+		h, err := rec.HashClosure(func(p nixproto.StorePath) (nixproto.ClosureHash, bool) {
+			h, ok := sums[p]
+			return h, ok
+		})
+		if err != nil {
+			r.problem("account %d: %v", v.account, err)
+			return
+		}
+		sums[rec.Path] = h
+		if rec.closure != (sum{}) && rec.epoch == epoch && rec.closure != sum(h) {
+			r.problem("account %d: %s: its closure hash is another", v.account, rec.Path)
+		}
+	})
+	if errors.Is(err, ErrNotFound) { // checkView has told
+		return nil
+	}
+	return err
 }
 
 // checkBlob checks one blob, unless it was removed meanwhile.
