@@ -45,6 +45,7 @@ var serveSettings = []setting{
 	{"max-mem", uint(0), "MiB up to which a build that ran out is given more (default: what --memory allows)"},
 	{"scratch", uint(51200), "MiB of disk that a build may write, rounded up to a power of two GiB"},
 	{"max-log-size", uint(1 << 30), "bytes of log after which a build is ended; 0 for no limit"},
+	{"allow-addresses", "", "addresses that are not public and that accounts may name for caches: networks (CIDR), addresses, host[:port]; commas between them"},
 	{"min-free", uint(1024), "MiB of disk that uploads, outputs and logs leave free"},
 	{"drain-timeout", 10 * time.Minute, "how long running builds may go on after SIGTERM"},
 	{"log-level", "info", "debug, info, warn or error"},

@@ -25,10 +25,12 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 
+	"nbd/egress"
 	"nbd/nixproto"
 	"nbd/server"
 	"nbd/server/adminapi"
 	"nbd/server/admincli"
+	"nbd/server/upstream"
 	"nbd/store"
 	"nbd/vm"
 	"nbd/vm/guest"
@@ -185,6 +187,10 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	front := server.Config{Version: server.Version(), Logger: log, TempDir: filepath.Join(state, "tmp"), Ciphers: cfg.list("ciphers"), MaxUnauthenticated: cfg.number("max-unauthenticated"),
 		Settings:         cfg.systemSettings(),
 		HandshakeTimeout: get[time.Duration](cfg, "handshake-timeout"), KeepAlive: get[time.Duration](cfg, "keep-alive")}
+	rule, err := egress.ParseRule(cfg.list("allow-addresses"))
+	if err != nil {
+		return &adminapi.HintError{Err: err, Hint: "write 10.1.0.0/16, 10.1.2.3:8080 or cache.example:8080"}
+	}
 	grace := get[time.Duration](cfg, "drain-timeout")
 	listener, err := net.Listen("tcp", cfg.text("ssh-listen"))
 	if err != nil {
@@ -205,8 +211,10 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		return err
 	}
 	defer closeLogged(log, "the guests", runner)
+	caches := upstream.New(upstream.Config{Rule: rule, UserAgent: "nbd/" + server.Version(), Logger: log})
+	defer caches.Close()
 	builds.Store, builds.Runner = st, runner
-	front.Store = st
+	front.Store, front.Substituter = st, server.NewSubstituter(st, caches, log)
 	d, err := server.NewDaemon(ctx, server.DaemonConfig{State: state, Server: front, Builds: builds, Guests: runner, Logger: log})
 	if err != nil {
 		return err

@@ -54,7 +54,7 @@ func (w *worker) query(req nixproto.Request) (nixproto.Response, error) {
 		valid, err := w.valid([]nixproto.StorePath{q.Path})
 		return answer[nixproto.Bool](len(valid) == 1, err)
 	case *nixproto.QueryValidPaths:
-		valid, err := w.valid(q.Paths)
+		valid, err := w.validOrFetched(q.Paths, q.Substitute, w.building)
 		return answer[nixproto.PathSet](valid, err)
 	case *nixproto.QueryAllValidPaths:
 		all, err := w.server.store.All(w.ctx, w.Client.Account.ID)
@@ -106,19 +106,15 @@ func (w *worker) minor(req nixproto.Request) (nixproto.Response, error) {
 		w.Keep(q.Path)
 		return &nixproto.Done{}, nil
 	case *nixproto.EnsurePath:
-		valid, err := w.valid([]nixproto.StorePath{q.Path})
-		if err == nil && len(valid) == 0 {
-			err = notValid(q.Path)
-		}
-		return &nixproto.Done{}, err
+		return w.ensurePath(q.Path)
 	case *nixproto.SyncWithGC, *nixproto.OptimiseStore: // equal bytes are stored once anyway
 		return &nixproto.Done{}, nil
 	case *nixproto.FindRoots: // there are none but what sessions and builds use
 		return &nixproto.Roots{}, nil
 	case *nixproto.QuerySubstitutablePaths:
-		return &nixproto.PathSet{}, nil
+		return w.querySubstitutablePaths(q.Paths)
 	case *nixproto.QuerySubstitutablePathInfos:
-		return &nixproto.SubstitutablePathInfos{}, nil
+		return w.querySubstitutablePathInfos(q.Paths)
 	case *nixproto.AddIndirectRoot, *nixproto.AddPermRoot:
 		return nil, refusef("this server keeps no roots for its clients: %s is not supported", req.Op())
 	default:

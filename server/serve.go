@@ -104,7 +104,7 @@ func (c *serveConn) handle(req nixproto.ServeRequest) (nixproto.Response, error)
 	}
 	switch q := req.(type) {
 	case *nixproto.ServeQueryValidPaths:
-		valid, err := c.valid(q.Paths)
+		valid, err := c.validOrFetched(q.Paths, q.Substitute, c.building)
 		return answer[nixproto.PathSet](valid, err)
 	case *nixproto.ServeQueryPathInfos:
 		infos, err := c.pathInfos(q.Paths)

@@ -55,6 +55,8 @@ type Config struct {
 	Store *store.Store
 	// Builder builds for them. The Server does not close it.
 	Builder Builder
+	// Substituter fetches paths from caches; nil: nothing does.
+	Substituter *Substituter
 	// Version is shown to clients behind "nbd "; default "devel".
 	Version string
 	// TrustedKeys are the operator's public keys of caches: a signature in the

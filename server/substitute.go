@@ -59,7 +59,7 @@ func NewSubstituter(s *store.Store, client *upstream.Client, log *slog.Logger) *
 const (
 	maxAtOnce          = 16       // narinfos of one request at once
 	maxSurvey          = 64 << 10 // paths of one request, with what they refer to
-	maxDownloads       = 16       // at once
+	maxDownloads       = 12       // at once
 	maxAccountDownload = 6        // of one account at once
 )
 
