@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"time"
 
 	"github.com/gliderlabs/ssh"
 	gossh "golang.org/x/crypto/ssh"
@@ -57,6 +58,7 @@ type clientExtra struct{}
 // authenticator decides which keys open a connection. Any user name will do:
 // the key alone tells who it is.
 type authenticator struct {
+	unknown  damper
 	accounts accounts
 	log      *slog.Logger
 }
@@ -68,7 +70,9 @@ func (a *authenticator) known(ctx ssh.Context, key ssh.PublicKey) bool {
 	log := a.log.With("client", ctx.RemoteAddr(), "key", gossh.FingerprintSHA256(key), "user", clip(ctx.User()))
 	switch {
 	case errors.Is(err, store.ErrNotFound):
-		log.Info("unknown key refused")
+		if ok, dropped := a.unknown.pass(time.Now()); ok {
+			log.Info("unknown key refused", "not_logged_before", dropped)
+		}
 	case err != nil:
 		log.Error("cannot look up key", "err", err)
 	}

@@ -34,6 +34,8 @@ type worker struct {
 // client leaves, and returns the exit status.
 func serveWorker(ss *session) int {
 	r := nixproto.NewReader(ss.ch)
+	r.Count(ss.server.store.NewCharge(ss.Client.Account.ID))
+	defer r.Forget()
 	w := &worker{session: ss, in: requests{r: r}, r: r, out: newOutbox(ss.ch), ids: newActivityIDs()}
 	if err := w.handshake(); err != nil {
 		return endStatus(err)
@@ -51,6 +53,7 @@ func serveWorker(ss *session) int {
 			return exitError
 		}
 		inStep := w.operation()
+		r.Forget()
 		if !w.finish() || !inStep {
 			return exitError
 		}
@@ -104,6 +107,7 @@ func (w *worker) operation() bool {
 	var value *nixproto.ValueError
 	if err != nil && !errors.As(err, &value) {
 		w.fail("request", err)
+		w.linger()
 		return false
 	}
 	stream := payload(req, w.r)
@@ -128,6 +132,24 @@ func (w *worker) operation() bool {
 		return w.ctx.Err() == nil
 	}
 	return stream.Drain() == nil
+}
+
+// lingerFor is how long a client that goes on writing has to see why its request
+// is refused.
+const lingerFor = time.Second
+
+// linger reads on behind a request that cannot be read: clients write all of it
+// before they look for an error, and an end of the session would hide that.
+func (w *worker) linger() {
+	done := make(chan struct{})
+	w.server.work.Go(func() { // ends with the session's channel
+		defer close(done)
+		_, _ = io.Copy(io.Discard, w.ch) // the client may be gone
+	})
+	select {
+	case <-done:
+	case <-time.After(lingerFor):
+	}
 }
 
 // incomplete makes the end of a stream in a connection that goes on a mistake

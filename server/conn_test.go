@@ -379,3 +379,43 @@ func TestSessionPanics(t *testing.T) {
 	ts.log.b.Reset()
 	ts.log.mu.Unlock()
 }
+
+// TestBusy: what an account has under way does not take the memory of others;
+// beyond that a long request is refused in a sentence, and all is given back.
+func TestBusy(t *testing.T) {
+	ts := newTestServer(t, nil)
+	bobKey := newKey(t)
+	ts.addAccount("bob", bobKey, nil)
+	long := &nixproto.QueryValidPaths{}
+	for i := range 40_000 {
+		long.Paths = append(long.Paths, nixproto.StorePath(fmt.Sprintf("/nix/store/%032d-x", i)))
+	}
+	under := ts.store.NewCharge(ts.account.ID)
+	n := int64(1 << 40)
+	for ; under.Set(n) != nil; n /= 2 {
+	}
+	if got := ts.worker(ts.alice).refused(t, long, nil); !strings.Contains(got, "too much is under way at once") || !strings.Contains(got, "try again") {
+		t.Errorf("the answer is %q", got)
+	}
+	serve, p := ts.serveClient(ts.alice)
+	if _, err := serve.Do(&nixproto.ServeQueryValidPaths{Paths: long.Paths}, nil); err == nil || p.status(t) != 1 || !strings.Contains(p.stderr.String(), "too much is under way at once") {
+		t.Errorf("over the serve protocol: %v, %q", err, p.stderr)
+	}
+	ts.worker(ts.alice).do(t, &nixproto.QueryValidPaths{Paths: long.Paths[:100]}, nil)
+	bob := ts.worker(bobKey)
+	for range 5 {
+		bob.do(t, long, nil)
+	}
+	under.Release()
+	alice := ts.worker(ts.alice)
+	for range 5 {
+		alice.do(t, long, nil)
+	}
+	for _, w := range []*workerClient{bob, alice} {
+		w.do(t, &nixproto.IsValidPath{Path: testDrv}, nil) // the one before is forgotten now
+	}
+	if err := under.Set(n); err != nil {
+		t.Errorf("what is not in memory any more still counts: %v", err)
+	}
+	under.Release()
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 
@@ -68,12 +69,16 @@ func (b *Builds) readFile(ctx context.Context, info *nixproto.PathInfo) ([]byte,
 // maxMemo bounds how many derivations' hashes are remembered for an account.
 const maxMemo = 100_000
 
+// maxMemos is how many accounts have a memo, those that used theirs last.
+const maxMemos = 16
+
 // drvMemos remember hashes modulo of derivations, of each account apart. They
-// may be remembered for ever: a derivation's path follows from its text and
-// from the paths of its inputs.
+// never become wrong: a derivation's path follows from its text and from the
+// paths of its inputs.
 type drvMemos struct {
-	mu       sync.Mutex // guards accounts
+	mu       sync.Mutex // guards what follows
 	accounts map[store.AccountID]*drvMemo
+	recent   []store.AccountID // those of accounts, the latest last
 }
 
 // A drvMemo remembers hashes of derivations of one account.
@@ -92,6 +97,11 @@ func (m *drvMemos) of(a store.AccountID) *drvMemo {
 	if memo == nil {
 		memo = new(drvMemo)
 		m.accounts[a] = memo
+	}
+	m.recent = append(slices.DeleteFunc(m.recent, func(b store.AccountID) bool { return a == b }), a)
+	if len(m.recent) > maxMemos {
+		delete(m.accounts, m.recent[0])
+		m.recent = m.recent[1:]
 	}
 	return memo
 }

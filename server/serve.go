@@ -32,6 +32,8 @@ type serveConn struct {
 // leaves, and returns the exit status.
 func serveServe(ss *session, write bool) int {
 	r := nixproto.NewReader(ss.ch)
+	r.Count(ss.server.store.NewCharge(ss.Client.Account.ID))
+	defer r.Forget()
 	c := &serveConn{
 		session: ss, in: requests{r: r}, r: r, w: nixproto.NewWriter(ss.ch),
 		stderr: &serveLog{w: ss.ch.Stderr()}, write: write,
@@ -57,6 +59,7 @@ func serveServe(ss *session, write bool) int {
 			return exitError
 		}
 		err := c.command()
+		r.Forget()
 		if !c.finish() || err != nil {
 			return exitError
 		}
