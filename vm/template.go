@@ -217,6 +217,9 @@ func (r *Runner) saveGuest(ctx context.Context, p *platform, m machine) (_ *temp
 	if err := errors.Join(err, g.close()); err != nil {
 		return nil, err
 	}
+	if err := scrub(t.ram, int64(m.memoryMiB)<<20); err != nil {
+		return nil, err
+	}
 	return t, errors.Join(seal(t.ram), seal(t.state))
 }
 
@@ -260,46 +263,6 @@ func (r *Runner) clone(ctx context.Context, p *platform, m machine, t *template,
 		return nil, errors.Join(err, g.close())
 	}
 	return g, nil
-}
-
-// copySparse copies the first size bytes of a file in memory, but for its
-// holes, to another one that is empty.
-func copySparse(to, from *os.File, size int64) error {
-	fd := int(from.Fd())
-	for off := int64(0); off < size; {
-		start, err := unix.Seek(fd, off, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
-			return nil // a hole up to the end
-		} else if err != nil {
-			return fmt.Errorf("copy template: %w", err)
-		}
-		if off, err = unix.Seek(fd, start, unix.SEEK_HOLE); err != nil {
-			return fmt.Errorf("copy template: %w", err)
-		}
-		if err := copyRange(to, fd, start, off-start); err != nil {
-			return fmt.Errorf("copy template: %w", err)
-		}
-	}
-	return nil
-}
-
-// copyRange copies n bytes at off, which is at the start of a page, from a file
-// that it maps: so the bytes are copied once.
-func copyRange(to *os.File, from int, off, n int64) error {
-	const most = 64 << 20
-	for n > 0 {
-		part := min(n, most)
-		b, err := unix.Mmap(from, off, int(part), unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
-		if err != nil {
-			return fmt.Errorf("map: %w", err)
-		}
-		_, err = to.WriteAt(b, off)
-		if err := errors.Join(err, unix.Munmap(b)); err != nil {
-			return err
-		}
-		off, n = off+part, n-part
-	}
-	return nil
 }
 
 // cold boots a guest and wakes it.
