@@ -1,15 +1,20 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"runtime/debug"
+	"slices"
 	"strings"
 
 	"github.com/gliderlabs/ssh"
 	gossh "golang.org/x/crypto/ssh"
+
+	"nbd/server/settings"
 )
 
 // Bounds of the settings that a session may send.
@@ -25,23 +30,23 @@ type session struct {
 	server *Server
 	conn   *conn
 	ch     gossh.Channel
-	ctx    context.Context // ends when the client is gone or the server closes
-	busy   bool            // a request is being worked on; guarded by server.mu
-	term   terminalSize    // of the client's terminal, if it has one
+	ctx    context.Context   // ends when the client is gone or the server closes
+	busy   bool              // a request is being worked on; guarded by server.mu
+	term   terminalSize      // of the client's terminal, if it has one
+	tokens map[string]string // variables that may bring a token; kept apart from Env, which is told to others
 }
 
 // handleSession serves one session channel until the client closes it.
 func (s *Server) handleSession(_ *ssh.Server, sc *gossh.ServerConn, nc gossh.NewChannel, ctx ssh.Context) {
 	c := ctx.Value(connKey{}).(*conn)
-	client := clientOf(sc)
-	if client == nil || !s.beginWork() {
+	client := clientOf(sc) // nil for who comes with a token
+	if client == nil && sc.User() != tokenUser || !s.beginWork() {
 		_ = nc.Reject(gossh.Prohibited, "the server is shutting down")
 		return
 	}
 	defer s.work.Done()
-	if most := c.tooMany(); most > 0 {
-		_ = nc.Reject(gossh.ResourceShortage, fmt.Sprintf("account %s has more than %d connections open (max-connections): close some of them",
-			client.Account.Name, most))
+	if most := c.tooMany(); most > 0 && client != nil {
+		_ = nc.Reject(gossh.ResourceShortage, tooManyConnections(client, most).Error())
 		return
 	}
 	if !c.openSession() {
@@ -55,8 +60,11 @@ func (s *Server) handleSession(_ *ssh.Server, sc *gossh.ServerConn, nc gossh.New
 		return
 	}
 	id := s.newSessionID()
-	log := s.log.With("client", client.Account.Name, "session", id)
-	ss := &session{Session: &Session{ID: id, Client: client, Env: map[string]string{}, Log: log, book: s.book}, server: s, conn: c, ch: ch}
+	log := s.log.With("session", id)
+	if client != nil {
+		log = log.With("client", client.Account.Name)
+	}
+	ss := &session{Session: &Session{ID: id, Client: client, Env: map[string]string{}, Log: log, book: s.book}, server: s, conn: c, ch: ch, tokens: map[string]string{}}
 	var end context.CancelFunc
 	ss.ctx, end = context.WithCancel(ctx)
 	defer end()
@@ -105,7 +113,8 @@ func (ss *session) setEnv(payload []byte, room *int) bool {
 	if err := gossh.Unmarshal(payload, &kv); err != nil {
 		return false
 	}
-	if !strings.HasPrefix(kv.Name, "NBD_") && !strings.HasPrefix(kv.Name, "NIXBUILDNET_") {
+	isToken := slices.Contains(tokenVariables, kv.Name)
+	if !isToken && !settings.IsVariable(kv.Name) {
 		return true
 	}
 	size := len(kv.Name) + len(kv.Value)
@@ -113,8 +122,35 @@ func (ss *session) setEnv(payload []byte, room *int) bool {
 		return false
 	}
 	*room -= size
-	ss.Env[kv.Name] = kv.Value
+	if isToken {
+		ss.tokens[kv.Name] = kv.Value
+	} else {
+		ss.Env[kv.Name] = kv.Value
+	}
 	return true
+}
+
+// tokenVariables are those that bring a token; the first one that is there counts.
+var tokenVariables = []string{"NBD_TOKEN", "NIXBUILDNET_TOKEN", "token"}
+
+// authorise finds who the client is that came without a key, by the token that it
+// sent for the session.
+func (ss *session) authorise() error {
+	secret := ""
+	for _, name := range tokenVariables {
+		secret = cmp.Or(secret, strings.TrimSpace(ss.tokens[name]))
+	}
+	if secret == "" {
+		return refusef("user %s needs a token: send it as the variable NBD_TOKEN of the session (SetEnv or SendEnv of ssh)", tokenUser)
+	}
+	client, err := ss.server.auth.token(ss.ctx, secret, ss.conn.isToken)
+	if err != nil {
+		return err
+	}
+	ss.conn.authenticated()
+	ss.Client = client
+	ss.Log = ss.Log.With("client", client.Account.Name)
+	return nil
 }
 
 // run runs the command of an exec or shell request and ends the channel.
@@ -135,6 +171,15 @@ func (ss *session) run(req *gossh.Request) {
 			return
 		}
 	}
+	if ss.Client == nil {
+		if err := ss.authorise(); err != nil {
+			text, level := explain(ss.Session, err)
+			ss.Log.Log(ss.ctx, max(level, slog.LevelInfo), "token refused", "client", ss.conn.RemoteAddr(), "err", err)
+			ss.complain(text)
+			return
+		}
+	}
+	ss.tokens = nil
 	cmd, err := parseCommand(exec.Command)
 	var refused *refusedCommand
 	if errors.As(err, &refused) {
@@ -154,15 +199,10 @@ func (ss *session) run(req *gossh.Request) {
 		return
 	}
 	ss.proto = cmd.protocol
-	if ss.Sight, err = ss.server.newSight(ss.ctx, ss.Client); err != nil {
-		text, level := explain(ss.Session, err)
-		ss.Log.Log(ss.ctx, level, "session refused", "err", err)
-		ss.complain(text)
-		return
-	}
+	ss.Sight = ss.server.newSight(ss.Client.Account.ID, ss.Settings.TrustedPublicKeys)
 	ss.leases = ss.Sight.NewLease()
 	defer func() { ss.leases.Release() }() // of the last lease: a collection begins another
-	ss.Log.Debug("session begins", "proto", cmd.protocol, "key", ss.Client.Fingerprint)
+	ss.Log.Debug("session begins", "proto", cmd.protocol, "by", ss.Client.who())
 	switch cmd.protocol {
 	case serveProtocol:
 		status = serveServe(ss, cmd.write)

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,12 +22,13 @@ import (
 // A fakeRunner runs builds without guests: what a derivation does is a function
 // by its name, or to write its variable "content" to each output.
 type fakeRunner struct {
-	mu      sync.Mutex
-	status  vm.Status
-	acts    map[string]func(*fakeRun) error
-	runs    map[string]int // by derivation name
-	running int
-	most    int // most at once
+	mu         sync.Mutex
+	status     vm.Status
+	generation string // default "fake 1"
+	acts       map[string]func(*fakeRun) error
+	runs       map[string]int // by derivation name
+	running    int
+	most       int // most at once
 }
 
 // A fakeRun is one run, as an act sees it.
@@ -38,7 +40,13 @@ type fakeRun struct {
 	try  int // from 1
 }
 
-func (r *fakeRunner) Generation() string { return "fake 1" }
+func (r *fakeRunner) Generation() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return cmp.Or(r.generation, "fake 1")
+}
+
+func (r *fakeRunner) Qualify(context.Context, bool) (vm.Status, error) { return r.Status(), nil }
 
 func (r *fakeRunner) Status() vm.Status { return r.status }
 
@@ -154,6 +162,7 @@ type buildTest struct {
 	runner  *fakeRunner
 	account store.Account
 	session *Session
+	book    *settingsBook
 
 	modulo   *nixproto.Modulo
 	drvFiles map[nixproto.StorePath]*nixproto.Derivation // that addDrv made
@@ -188,18 +197,28 @@ func newBuildTest(t *testing.T, change func(*BuildsConfig)) *buildTest {
 	if bt.account, err = st.AddAccount(t.Context(), "alice"); err != nil {
 		t.Fatal(err)
 	}
+	bt.book = newSettingsBook(nil, st, slog.New(slog.DiscardHandler))
 	bt.session = bt.newSession(bt.account)
 	return bt
 }
 
 // newSession returns a session of a key with all permissions.
-func (bt *buildTest) newSession(a store.Account) *Session {
-	lease := bt.st.NewLease(a.ID)
+func (bt *buildTest) newSession(a store.Account) *Session { return bt.newSessionWith(a, nil) }
+
+// newSessionWith is newSession with an environment.
+func (bt *buildTest) newSessionWith(a store.Account, env map[string]string) *Session {
+	bt.t.Helper()
+	sight := bt.st.NewSight(a.ID, store.Trust{})
+	lease := sight.NewLease()
 	bt.t.Cleanup(lease.Release)
-	return &Session{
-		ID: "test", Client: &Client{Account: a, Permissions: store.Permissions()},
-		Log: slog.New(slog.DiscardHandler), leases: lease,
+	s := &Session{
+		ID: "test", Env: env, book: bt.book, Client: &Client{Account: a, Permissions: store.Permissions()},
+		Sight: sight, Log: slog.New(slog.DiscardHandler), leases: lease,
 	}
+	if err := s.setSettings(); err != nil {
+		bt.t.Fatal(err)
+	}
+	return s
 }
 
 // add puts a text with references into alice's view.
@@ -414,6 +433,19 @@ func (bt *buildTest) content(p nixproto.StorePath) string {
 func (bt *buildTest) records() []store.Build {
 	bt.t.Helper()
 	list, err := bt.st.Builds(bt.t.Context(), bt.account.ID, store.BuildFilter{})
+	if err != nil {
+		bt.t.Fatal(err)
+	}
+	slices.Reverse(list)
+	return list
+}
+
+// requests is records, with those that were answered without a run.
+func (bt *buildTest) requests() []store.Build { return bt.requestsOf(bt.account.ID) }
+
+func (bt *buildTest) requestsOf(a store.AccountID) []store.Build {
+	bt.t.Helper()
+	list, err := bt.st.Builds(bt.t.Context(), a, store.BuildFilter{Reused: true})
 	if err != nil {
 		bt.t.Fatal(err)
 	}

@@ -44,11 +44,13 @@ func FuzzSession(f *testing.F) {
 	s, account := quietServer(f)
 	f.Fuzz(func(t *testing.T, in []byte, worker bool) {
 		var log bytes.Buffer
+		sight := s.store.NewSight(account.ID, store.Trust{})
 		ss := &session{
 			Session: &Session{
 				ID: "fuzz", Client: &Client{Account: account, Permissions: store.Permissions()},
+				Sight:  sight,
 				Log:    slog.New(slog.NewTextHandler(&log, nil)),
-				leases: s.store.NewLease(account.ID),
+				leases: sight.NewLease(),
 			},
 			server: s, conn: &conn{}, ch: memoryChannel{bytes.NewReader(in)}, ctx: t.Context(),
 		}

@@ -31,7 +31,7 @@ func (c *serveConn) importPaths() (nixproto.Response, error) {
 			return nil, err
 		}
 		if len(waiting) == maxImport || !more {
-			if err := c.server.store.Register(c.ctx, c.Client.Account.ID, waiting); err != nil {
+			if err := c.Sight.Register(c.ctx, waiting); err != nil {
 				return nil, err
 			}
 			waiting = nil

@@ -60,7 +60,7 @@ func (w *worker) query(req nixproto.Request) (nixproto.Response, error) {
 		all, err := w.server.store.All(w.ctx, w.Client.Account.ID)
 		return answer[nixproto.PathSet](all, err)
 	case *nixproto.QueryReferrers:
-		set, err := w.server.store.Referrers(w.ctx, w.Client.Account.ID, q.Path)
+		set, err := w.Sight.Referrers(w.ctx, q.Path)
 		return answer[nixproto.PathSet](set, aboutPath(q.Path, err))
 	case *nixproto.QueryValidDerivers:
 		set, err := w.server.store.ValidDerivers(w.ctx, w.Client.Account.ID, q.Path)
@@ -72,7 +72,7 @@ func (w *worker) query(req nixproto.Request) (nixproto.Response, error) {
 		}
 		return answer[nixproto.OptionalPath](nixproto.OptionalPath(info.Deriver), nil)
 	case *nixproto.QueryPathFromHashPart:
-		p, err := w.server.store.ByHashPart(w.ctx, w.Client.Account.ID, q.HashPart)
+		p, err := w.Sight.ByHashPart(w.ctx, q.HashPart)
 		if errors.Is(err, store.ErrNotFound) {
 			p, err = "", nil
 		}
@@ -128,6 +128,9 @@ func (w *worker) change(req nixproto.Request) (nixproto.Response, error) {
 	case *nixproto.AddSignatures:
 		return &nixproto.Done{}, w.addSignatures(q)
 	case *nixproto.RegisterDrvOutput:
+		if _, err := q.Realisation.CheckSignatures(w.trustedKeys()); err != nil {
+			return nil, refusef("%v", err)
+		}
 		err := w.server.store.AddRealisation(w.ctx, w.Client.Account.ID, &q.Realisation)
 		return nil, aboutPath(q.Realisation.OutPath, err)
 	case *nixproto.CollectGarbage:
@@ -163,18 +166,18 @@ func aboutPath(p nixproto.StorePath, err error) error {
 // session ends.
 func (ss *session) valid(paths []nixproto.StorePath) ([]nixproto.StorePath, error) {
 	ss.Keep(paths...) // before asking, so that none goes in between
-	return ss.server.store.Valid(ss.ctx, ss.Client.Account.ID, paths)
+	return ss.Sight.Valid(ss.ctx, paths)
 }
 
 // info returns what is known of a valid path.
 func (ss *session) info(p nixproto.StorePath) (*nixproto.PathInfo, error) {
-	info, err := ss.server.store.Info(ss.ctx, ss.Client.Account.ID, p)
+	info, err := ss.Sight.Info(ss.ctx, p)
 	return info, aboutPath(p, err)
 }
 
 // queryPathInfo is asked for each path of a closure, one after the other.
 func (w *worker) queryPathInfo(p nixproto.StorePath) (nixproto.Response, error) {
-	info, err := w.server.store.Info(w.ctx, w.Client.Account.ID, p)
+	info, err := w.Sight.Info(w.ctx, p)
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return nil, err
 	}
@@ -202,7 +205,7 @@ func plainSelfAddress(info *nixproto.PathInfo) *nixproto.PathInfo {
 }
 
 func (w *worker) queryRealisation(q *nixproto.QueryRealisation) (nixproto.Response, error) {
-	r, err := w.server.store.Realisation(w.ctx, w.Client.Account.ID, q.DrvHash, q.OutputName)
+	r, err := w.Sight.Realisation(w.ctx, q.DrvHash, q.OutputName)
 	if errors.Is(err, store.ErrNotFound) {
 		return &nixproto.RealisationSet{}, nil
 	}
@@ -217,7 +220,7 @@ func (w *worker) queryRealisation(q *nixproto.QueryRealisation) (nixproto.Respon
 func (w *worker) collectGarbage(q *nixproto.CollectGarbage) (nixproto.Response, error) {
 	id := w.Client.Account.ID
 	w.leases.Release()
-	w.leases = w.server.store.NewLease(id)
+	w.leases = w.Sight.NewLease()
 	var result store.GCResult
 	var err error
 	switch {

@@ -140,7 +140,7 @@ func (c *serveConn) mayWrite() error {
 func (c *serveConn) pathInfos(paths []nixproto.StorePath) ([]nixproto.PathInfo, error) {
 	var infos []nixproto.PathInfo
 	for _, p := range paths {
-		info, err := c.server.store.Info(c.ctx, c.Client.Account.ID, p)
+		info, err := c.Sight.Info(c.ctx, p)
 		if errors.Is(err, store.ErrNotFound) {
 			continue
 		}
@@ -157,7 +157,7 @@ func (c *serveConn) pathInfos(paths []nixproto.StorePath) ([]nixproto.PathInfo, 
 func (c *serveConn) closure(roots []nixproto.StorePath, outputs bool) ([]nixproto.StorePath, error) {
 	looked := map[nixproto.StorePath]bool{}
 	for {
-		closure, err := c.server.store.Closure(c.ctx, c.Client.Account.ID, roots)
+		closure, err := c.Sight.Closure(c.ctx, roots)
 		if err != nil || !outputs {
 			return closure, err
 		}
@@ -188,7 +188,7 @@ func (c *serveConn) outputsOf(paths []nixproto.StorePath, looked map[nixproto.St
 			}
 		}
 	}
-	return c.server.store.Valid(c.ctx, c.Client.Account.ID, found)
+	return c.Sight.Valid(c.ctx, found)
 }
 
 func (c *serveConn) addToStoreNar(q *nixproto.ServeAddToStoreNar) (nixproto.Response, error) {
@@ -280,7 +280,7 @@ func (c *serveConn) buildPaths(q *nixproto.ServeBuildPaths) (nixproto.Response, 
 // exportPaths answers with an export stream of just those paths, references
 // first.
 func (c *serveConn) exportPaths(paths []nixproto.StorePath) error {
-	closure, err := c.server.store.Closure(c.ctx, c.Client.Account.ID, paths)
+	closure, err := c.Sight.Closure(c.ctx, paths)
 	if err != nil {
 		return err
 	}

@@ -140,13 +140,14 @@ func (c *Config) fill() error {
 
 // A Server serves SSH clients. Its methods are safe for concurrent use.
 type Server struct {
-	cfg   Config
-	store *store.Store
-	log   *slog.Logger
-	auth  authenticator
-	ssh   *ssh.Server
-	gate  *gate
-	book  *settingsBook
+	cfg    Config
+	store  *store.Store
+	log    *slog.Logger
+	auth   authenticator
+	ssh    *ssh.Server
+	gate   *gate
+	book   *settingsBook
+	trusts *trusts
 	// proofs makes what is signed with keys that are to be added.
 	proofs proofSecret
 
@@ -197,6 +198,7 @@ func New(cfg Config) (*Server, error) {
 		conns:     map[*conn]struct{}{},
 		sessions:  map[*session]struct{}{},
 	}
+	s.trusts = &trusts{book: s.book}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.ssh = s.sshServer()
 	return s, nil
@@ -287,13 +289,14 @@ func (s *Server) newSessionID() string {
 	return strconv.FormatUint(s.nextID.Add(1), 36)
 }
 
-// trustedKeys returns the keys whose signatures can be verified for a client.
-func (s *Server) trustedKeys(c *Client) []nixproto.PublicKey {
-	own, err := nixproto.ParsePublicKey(c.Account.PublicKey)
-	if err != nil {
-		return s.cfg.TrustedKeys
+// trustedKeys returns the keys whose signatures can be verified for a session:
+// the operator's, those that the account trusts, its own.
+func (ss *session) trustedKeys() []nixproto.PublicKey {
+	keys := append(slices.Clip(ss.server.cfg.TrustedKeys), ss.Settings.TrustedPublicKeys...)
+	if own, err := nixproto.ParsePublicKey(ss.Client.Account.PublicKey); err == nil {
+		keys = append(keys, own)
 	}
-	return append(slices.Clip(s.cfg.TrustedKeys), own)
+	return keys
 }
 
 // Sessions returns how many sessions are open.

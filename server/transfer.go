@@ -60,7 +60,7 @@ func closeBlob(s *Session, b *store.Blob) {
 	}
 }
 
-// openPath opens the content of a path in the session's view.
+// openPath opens the content of a path that the session may use.
 func (ss *session) openPath(p nixproto.StorePath) (*nixproto.PathInfo, *store.Blob, error) {
 	info, err := ss.info(p)
 	if err != nil {
@@ -109,7 +109,7 @@ func (ss *session) newUpload(repair bool) (*store.Upload, error) {
 	if err := ss.Client.mayUpload(); err != nil {
 		return nil, err
 	}
-	return ss.server.store.NewUpload(ss.ctx, ss.Client.Account.ID, store.UploadOptions{
+	return ss.Sight.NewUpload(ss.ctx, store.UploadOptions{
 		Repair: repair && ss.Client.Can(StoreWrite),
 		Verify: ss.checkSignatures,
 	})
@@ -128,7 +128,7 @@ func (ss *session) checkSignatures(info *nixproto.PathInfo) error {
 	if len(good) == 0 {
 		return nil
 	}
-	if _, err := info.CheckSignatures(ss.server.trustedKeys(ss.Client)); err != nil {
+	if _, err := info.CheckSignatures(ss.trustedKeys()); err != nil {
 		return refusef("%v", err)
 	}
 	return nil
@@ -273,7 +273,7 @@ func (w *worker) register(staged *store.Staged, ca nixproto.ContentAddress, q *n
 	}
 	w.Keep(path)
 	info := nixproto.PathInfo{Path: path, References: q.References, CA: ca.String()}
-	err = w.server.store.Register(w.ctx, w.Client.Account.ID, []store.Registration{{Info: info, Staged: staged}})
+	err = w.Sight.Register(w.ctx, []store.Registration{{Info: info, Staged: staged}})
 	if err != nil {
 		return nil, err
 	}
@@ -347,12 +347,12 @@ func writeFile(w io.Writer, h hash.Hash, contents io.Reader, size int64) error {
 	return nw.Close()
 }
 
-// addSignatures adds signatures to a path, after what can be verified of them
-// was.
+// addSignatures adds signatures to a path of the account's own view, after what
+// can be verified of them was.
 func (w *worker) addSignatures(q *nixproto.AddSignatures) error {
-	info, err := w.info(q.Path)
+	info, err := w.server.store.Info(w.ctx, w.Client.Account.ID, q.Path)
 	if err != nil {
-		return err
+		return aboutPath(q.Path, err)
 	}
 	for _, sig := range q.Signatures {
 		if _, _, err := nixproto.ParseSignature(sig); err != nil {
@@ -361,7 +361,7 @@ func (w *worker) addSignatures(q *nixproto.AddSignatures) error {
 	}
 	signed := *info
 	signed.Signatures = q.Signatures
-	if _, err := signed.CheckSignatures(w.server.trustedKeys(w.Client)); err != nil {
+	if _, err := signed.CheckSignatures(w.trustedKeys()); err != nil {
 		return refusef("%v", err)
 	}
 	err = w.server.store.AddSignatures(w.ctx, w.Client.Account.ID, q.Path, q.Signatures)
