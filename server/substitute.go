@@ -65,9 +65,9 @@ const (
 
 // Ensure brings those of the paths that the session cannot use yet, with what
 // they refer to, from its caches into its own view, and returns those that it
-// can use then, in their order; it keeps them until the session ends. Progress
-// is shown on log, which may be nil. An error is ctx's or one of the store: a
-// path that no cache has is none.
+// can use then, in their order; it keeps them until the session ends. With
+// never-substitute nothing is fetched. Progress is shown on log, which may be
+// nil. An error is ctx's or one of the store: a path that no cache has is none.
 func (u *Substituter) Ensure(ctx context.Context, s *Session, paths []nixproto.StorePath, log LogSink) ([]nixproto.StorePath, error) {
 	s.Keep(paths...)
 	if u == nil {
@@ -151,7 +151,7 @@ func (u *Substituter) survey(ctx context.Context, s *Session, paths []nixproto.S
 	if err != nil || len(missing) == 0 {
 		return y, err
 	}
-	if err := u.caches(ctx, y); err != nil || len(y.caches) == 0 {
+	if err := u.openCaches(ctx, y); err != nil || len(y.caches) == 0 {
 		return y, err
 	}
 	for front := missing; len(front) > 0; {
@@ -210,11 +210,11 @@ func (y *survey) usable(paths []nixproto.StorePath) []nixproto.StorePath {
 	return usable
 }
 
-// caches finds the caches of the session's settings that answer, and the keys
-// that count.
-func (u *Substituter) caches(ctx context.Context, y *survey) error {
+// openCaches finds the caches of the session's settings that answer, and the
+// keys that count; none with never-substitute.
+func (u *Substituter) openCaches(ctx context.Context, y *survey) error {
 	e, err := y.s.currentSettings()
-	if err != nil {
+	if err != nil || e.NeverSubstitute {
 		return err
 	}
 	var tokens upstream.Tokens
