@@ -27,15 +27,28 @@ const (
 	AccountWrite Permission = "account:write"
 )
 
-// A Client is who is at the other end of a connection: one key of one account.
-// It does not change.
+// A Client is who is at the other end of a connection: one key, or one token, of
+// one account. It does not change.
 type Client struct {
 	Account     store.Account
-	Fingerprint string   // of the key: "SHA256:…"
-	Permissions []string // of the key
+	Fingerprint string   // of the key: "SHA256:…"; "" if it came with a token
+	Permissions []string // of the key or token
+
+	// Token identifies the token; "" if it came with a key. TokenName and
+	// Expires are the token's; it does not expire if Expires is zero.
+	Token, TokenName string
+	Expires          time.Time
 }
 
-// Can reports whether the client's key has a permission.
+// who names the key or token.
+func (c *Client) who() string {
+	if c.Token != "" {
+		return "token " + c.TokenName
+	}
+	return "key " + c.Fingerprint
+}
+
+// Can reports whether the client's key or token has a permission.
 func (c *Client) Can(p Permission) bool { return slices.Contains(c.Permissions, string(p)) }
 
 // require returns an error that names the permission which is missing.
@@ -43,20 +56,23 @@ func (c *Client) require(p Permission) error {
 	if c.Can(p) {
 		return nil
 	}
-	return refusef("permission denied: key %s does not have %s", c.Fingerprint, p)
+	return refusef("permission denied: %s does not have %s", c.who(), p)
 }
 
 // accounts knows who may come in; *store.Store. AccountByKey returns
-// store.ErrNotFound for a key that nobody has.
+// store.ErrNotFound for a key that nobody has, AccountByToken for what is no
+// token now.
 type accounts interface {
 	AccountByKey(ctx context.Context, wire []byte) (store.Account, store.Key, error)
+	AccountByToken(ctx context.Context, secret string) (store.Account, store.Token, error)
 }
 
 // clientExtra is where a connection's permissions hold its *Client.
 type clientExtra struct{}
 
-// authenticator decides which keys open a connection. Any user name will do:
-// the key alone tells who it is.
+// authenticator decides which keys open a connection. Any user name will do: the
+// key alone tells who it is. But for one: who connects as tokenUser needs no key,
+// and is nobody until the session that runs a command has brought a token.
 type authenticator struct {
 	unknown  damper
 	accounts accounts
@@ -95,6 +111,42 @@ func (a *authenticator) verified(key gossh.PublicKey, found func(*Client)) (*gos
 		return nil, err
 	}
 	return &gossh.Permissions{ExtraData: map[any]any{clientExtra{}: c}}, nil
+}
+
+// tokenUser is the name of SSH users who come with a token.
+const tokenUser = "authtoken"
+
+// none answers the authentication method of that name, which asks for no proof.
+func (a *authenticator) none(user string) error {
+	if user == tokenUser {
+		return nil
+	}
+	return errors.New("a key is needed")
+}
+
+// errToken is the one answer to a token that does not open anything.
+var errToken = refusef("this token is not valid: it is unknown, was revoked or has expired")
+
+// token names the client that brought a token, and calls found with it, which may
+// refuse it.
+func (a *authenticator) token(ctx context.Context, secret string, found func(*Client) error) (*Client, error) {
+	account, t, err := a.accounts.AccountByToken(ctx, secret)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, errToken
+	} else if err != nil {
+		return nil, err
+	}
+	c := &Client{Account: account, Permissions: t.Permissions, Token: t.ID, TokenName: t.Name, Expires: t.Expires}
+	if err := found(c); err != nil {
+		return nil, err
+	}
+	// As in verified.
+	if _, _, err := a.accounts.AccountByToken(ctx, secret); errors.Is(err, store.ErrNotFound) {
+		return nil, errToken
+	} else if err != nil {
+		return nil, err
+	}
+	return c, nil
 }
 
 // clientOf returns whom a connection authenticated as, nil if nobody.

@@ -71,8 +71,12 @@ func (s *Server) sshServer() *ssh.Server {
 				VerifiedPublicKeyCallback: func(_ gossh.ConnMetadata, key gossh.PublicKey, _ *gossh.Permissions, _ string) (*gossh.Permissions, error) {
 					return s.auth.verified(key, ctx.Value(connKey{}).(*conn).is)
 				},
-				AuthLogCallback: func(_ gossh.ConnMetadata, _ string, err error) {
-					if err == nil {
+				NoClientAuth: true,
+				NoClientAuthCallback: func(m gossh.ConnMetadata) (*gossh.Permissions, error) {
+					return &gossh.Permissions{}, s.auth.none(m.User())
+				},
+				AuthLogCallback: func(_ gossh.ConnMetadata, method string, err error) {
+					if err == nil && method != "none" {
 						ctx.Value(connKey{}).(*conn).authenticated()
 					}
 				},
@@ -167,7 +171,8 @@ type conn struct {
 	ping     *time.Timer // from authentication on
 	asking   bool        // a keep-alive waits for its answer
 	sessions int         // open ones
-	client   *Client     // who it is; nil before its signature was verified
+	client   *Client     // who it is; nil before its signature or token was verified
+	expiry   *time.Timer // of its token; nil if it does not expire
 	excess   int         // the limit that its account's connections are past; 0 if they are not
 }
 
@@ -196,6 +201,9 @@ func (c *conn) end() {
 	c.ended = true
 	if c.ping != nil {
 		c.ping.Stop()
+	}
+	if c.expiry != nil {
+		c.expiry.Stop()
 	}
 	c.leaveGateLocked()
 }
@@ -233,6 +241,42 @@ func (c *conn) is(client *Client) {
 	c.mu.Unlock()
 }
 
+// maxTokenless is how many sessions a connection may have open while nobody knows
+// whose it is. What a client sends to one is in memory until it is read.
+const maxTokenless = 2
+
+// isToken notes who the client is that brought a token. All sessions of a
+// connection are of one client.
+func (c *conn) isToken(client *Client) error {
+	c.mu.Lock()
+	known := c.client
+	c.mu.Unlock()
+	if known != nil {
+		if known.Token != client.Token {
+			return refusef("this connection is another token's already; open a connection for each")
+		}
+		return nil
+	}
+	c.is(client)
+	if most := c.tooMany(); most > 0 {
+		return tooManyConnections(client, most)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !client.Expires.IsZero() && !c.ended && c.expiry == nil {
+		c.expiry = time.AfterFunc(time.Until(client.Expires), func() {
+			c.server.log.Info("connection closed: its token has expired", "client", client.Account.Name, "token", client.TokenName)
+			c.abort()
+		})
+	}
+	return nil
+}
+
+// tooManyConnections refuses a connection of an account that has enough.
+func tooManyConnections(client *Client, most int) error {
+	return refusef("account %s has more than %d connections open (max-connections): close some of them", client.Account.Name, most)
+}
+
 // tooMany returns the limit that its account's connections were past when this
 // one came; 0 if they were not.
 func (c *conn) tooMany() int {
@@ -256,7 +300,7 @@ func (s *Server) connections(a store.AccountID) (n int) {
 }
 
 // Disconnect closes the connections of the clients that gone names, such as
-// those whose key was removed. Their sessions end, and nobody waits for their
+// those whose key or token was removed. Their sessions end, and nobody waits for their
 // builds any more.
 func (s *Server) Disconnect(gone func(*Client) bool) {
 	s.mu.Lock()
@@ -266,7 +310,7 @@ func (s *Server) Disconnect(gone func(*Client) bool) {
 		client := c.client
 		c.mu.Unlock()
 		if client != nil && gone(client) {
-			s.log.Info("connection closed: its key was removed", "client", client.Account.Name, "key", client.Fingerprint)
+			s.log.Info("connection closed: its key or token was removed", "client", client.Account.Name, "by", client.who())
 			c.abort()
 		}
 	}
@@ -306,7 +350,11 @@ func (c *conn) keepAlive() {
 func (c *conn) openSession() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.sessions >= c.server.cfg.MaxSessions {
+	most := c.server.cfg.MaxSessions
+	if c.client == nil {
+		most = min(most, maxTokenless)
+	}
+	if c.sessions >= most {
 		return false
 	}
 	c.sessions++
