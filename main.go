@@ -206,6 +206,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	}
 	defer closeLogged(log, "the store", st)
 	guests.Blobs = blobs{st}
+	guests.Room = func() error { return st.CheckRoom(0) }
 	runner, err := vm.New(guests)
 	if err != nil {
 		return err

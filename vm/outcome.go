@@ -82,7 +82,7 @@ func event(e qmpEvent) error {
 		return errors.New("the guest's kernel panicked")
 	case "BLOCK_IO_ERROR":
 		if e.Data.NoSpace {
-			return errors.New("the disk of the host is full: a guest cannot write to its scratch disk")
+			return errHostDisk
 		}
 		// Disks that we serve tell by themselves, after this event.
 	case "SHUTDOWN", "RESET":

@@ -324,7 +324,7 @@ func (f *following) step(ctx context.Context, frames <-chan link.Message, ended 
 			return b.g.explain(fmt.Errorf("the guest ended without a result: %w", b.g.qmp.err))
 		}
 		if err := event(e); err != nil {
-			return b.g.explain(err)
+			return b.g.explain(b.whyHostDisk(err))
 		}
 	case <-b.disks.inputs.Failed():
 		return b.disks.inputs.Err()
@@ -345,6 +345,7 @@ func (f *following) hear(m link.Message) error {
 	f.w.beat = now
 	switch m := m.(type) {
 	case *link.Beat:
+		return f.b.checkHostDisk()
 	case *link.Started:
 		f.w.enter(phaseRunning, now)
 		f.b.result.Start = now

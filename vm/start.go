@@ -55,6 +55,7 @@ type guestVM struct {
 	qmp     *qmp
 	ctl     *link.Conn
 	log     net.Conn
+	scratch *os.File
 	// restored reports that it came from a template.
 	restored bool
 
@@ -99,8 +100,10 @@ func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, r
 	if err != nil {
 		return nil, err
 	}
+	g.scratch = scratch
+	r.scratches.add(scratch)
+	g.cleanup = append(g.cleanup, func() error { return r.scratches.remove(scratch) })
 	files := []*os.File{ram, p.boot.kernel, p.boot.initrd, scratch}
-	defer scratch.Close()
 	ends, theirs, err := socketPairs(fdSink - fdQMP + 1)
 	if err != nil {
 		return nil, err

@@ -81,6 +81,9 @@ type Config struct {
 	FirstUID, UIDs int
 	// MaxOutput bounds the bytes of all outputs of one build; default 64 GiB.
 	MaxOutput int64
+	// Room says why nothing more should be written to the disk of RuntimeDir; nil
+	// if there is room. It may be called often. Default: there always is.
+	Room func() error
 	// ColdBoot turns templates off.
 	ColdBoot bool
 	// Logger takes what an operator acts on; default: discarded.
@@ -140,6 +143,7 @@ type Runner struct {
 	found     atomic.Pointer[platform]
 	templates templates
 	alive     atomic.Int64 // guests
+	scratches scratchFiles
 
 	// life ends with Close, and everything that runs with it.
 	life context.Context
