@@ -66,16 +66,11 @@ func (ss *session) runLines() int {
 	in := bufio.NewReaderSize(ss.ch, maxCommandLen+1)
 	status := 0
 	for {
-		line, err := readLine(in)
-		words, lineErr := []string(nil), error(nil)
-		if errors.Is(err, errLongLine) {
-			lineErr = usagef("a line is longer than %d bytes", maxCommandLen)
-		} else if words, lineErr = splitWords(line); lineErr != nil {
-			lineErr = usagef("cannot read the line: %v", lineErr)
-		}
+		words, err := readWords(in)
+		var usage *usageError
 		switch {
-		case lineErr != nil:
-			status = ss.shellError(ss.stderr(), lineErr)
+		case errors.As(err, &usage):
+			status = ss.shellError(ss.stderr(), usage)
 		case len(words) == 1 && isExit(words[0]):
 			return status
 		case len(words) > 0:
@@ -83,8 +78,8 @@ func (ss *session) runLines() int {
 				status = st
 			}
 		}
-		if err != nil && !errors.Is(err, errLongLine) {
-			return status // the end, or the client is gone
+		if errors.Is(err, errLastLine) {
+			return status
 		}
 	}
 }
@@ -94,22 +89,30 @@ func isExit(word string) bool {
 	return word == "exit" || word == "quit" || word == "logout"
 }
 
-var errLongLine = errors.New("line too long")
+// errLastLine says that there are no more lines, or that the client is gone.
+var errLastLine = errors.New("no more lines")
 
-// readLine reads a line without its end. One that is too long is passed over:
-// errLongLine.
-func readLine(in *bufio.Reader) (string, error) {
+// readWords reads the words of one line. A line that cannot be read is a
+// *usageError; one that is too long is passed over. With the last line there
+// is errLastLine.
+func readWords(in *bufio.Reader) (words []string, err error) {
 	line, err := in.ReadSlice('\n')
-	if errors.Is(err, bufio.ErrBufferFull) {
-		for errors.Is(err, bufio.ErrBufferFull) {
-			_, err = in.ReadSlice('\n')
-		}
-		if err == nil {
-			err = errLongLine
-		}
-		return "", err
+	long := false
+	for errors.Is(err, bufio.ErrBufferFull) {
+		long = true
+		_, err = in.ReadSlice('\n')
 	}
-	return strings.TrimRight(string(line), "\r\n"), err
+	if err != nil {
+		err = errLastLine
+	}
+	if long {
+		return nil, errors.Join(usagef("a line is longer than %d bytes", maxCommandLen), err)
+	}
+	words, lineErr := splitWords(strings.TrimRight(string(line), "\r\n"))
+	if lineErr != nil {
+		lineErr = usagef("cannot read the line: %v", lineErr)
+	}
+	return words, errors.Join(lineErr, err)
 }
 
 // runLine runs one command of the shell and returns its exit status.

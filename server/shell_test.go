@@ -159,3 +159,120 @@ func TestBuildObject(t *testing.T) {
 		t.Errorf("status %d %s\n%s\nwant\n%s", status, errs, out, want)
 	}
 }
+
+// TestShellOnPipes: one command a line, until the end or exit; the exit status
+// is that of the last command that failed.
+func TestShellOnPipes(t *testing.T) {
+	ts := newTestServer(t, nil)
+	for _, test := range []struct {
+		input, stdout, stderr string
+		status                int
+	}{
+		{"", "", "", 0},
+		{"\n  \n", "", "", 0},
+		{"settings timeout --set 7\nsettings timeout --show\nexit\nnonsense\n", "7\n", "", 0},
+		{"settings timeout --show", "7\n", "", 0}, // no end of line
+		{"settings timeout --show\r\nquit\r\n", "7\n", "", 0},
+		{"nonsense\nsettings timeout --show\n", "7\n", "nbd: error: there is no command \"nonsense\"; `help` lists all\n", 2},
+		{"nonsense\nbuilds show 1\n", "", "nbd: error: there is no command \"nonsense\"; `help` lists all\nnbd: error: there is no build 1\n", 1},
+		{"settings 'timeout --show\n", "", "nbd: error: cannot read the line: quote without end\n", 2},
+		{"\x1b[2J\n", "", `nbd: error: there is no command "\x1b[2J"; ` + "`help` lists all\n", 2},
+		{strings.Repeat("x", 3*maxCommandLen) + "\nsettings timeout --show\n", "7\n", "nbd: error: a line is longer than 8192 bytes\n", 2},
+		{strings.Repeat("x", 3*maxCommandLen), "", "nbd: error: a line is longer than 8192 bytes\n", 2},
+		{"ssh-keys add x --signature -\n", "", "nbd: error: \"x\" is not an SSH public key\n", 1},
+	} {
+		out, errs, status := ts.command(ts.alice, "shell", test.input)
+		if out != test.stdout || errs != test.stderr || status != test.status {
+			t.Errorf("%.40q: %d, %q, %q", test.input, status, out, errs)
+		}
+	}
+	out, errs, status := ts.command(ts.alice, "shell show public-signing-key", "")
+	if out != ts.account.PublicKey+"\n" || errs != "" || status != 0 {
+		t.Errorf("one command: %d, %q, %q", status, out, errs)
+	}
+	if out, _, _ := ts.command(ts.alice, "shell help builds list", ""); !strings.Contains(out, "--tags K:V,…") || !strings.Contains(out, "build:read") {
+		t.Errorf("help of a command: %q", out)
+	}
+	if out, _, _ := ts.command(ts.alice, "shell settings --help", ""); !strings.Contains(out, "max-cpu-hours-per-month") || !strings.Contains(out, "--reset") {
+		t.Errorf("help of settings: %q", out)
+	}
+}
+
+// TestAPIErrors: errors are JSON on stderr, with nothing on stdout.
+func TestAPIErrors(t *testing.T) {
+	ts := newTestServer(t, nil)
+	bob := newKey(t)
+	other := ts.addAccount("bob", bob, nil)
+	ts.addBuild(other.ID, nil) // 1
+	for line, want := range map[string]string{
+		"api":                     `{"error":"api needs a command; ` + "`api help`" + ` lists all"}`,
+		"api builds show 1":       `{"error":"there is no build 1"}`, // another's
+		"api builds log 1":        `{"error":"there is no build 1"}`,
+		"api why 1":               `{"error":"there is no build 1"}`,
+		"api builds show 2":       `{"error":"there is no build 2"}`, // nobody's
+		"api builds show x":       `{"error":"\"x\" is not the id of a build, which is a number"}`,
+		"api builds show '\x1b'":  `{"error":"\"\\x1b\" is not the id of a build, which is a number"}`,
+		"api tokens revoke x":     `{"error":"there is no token \"x\""}`,
+		"api settings nonsense":   `{"error":"there is no setting \"nonsense\"; ` + "`settings`" + ` lists all"}`,
+		"api ssh-keys remove x":   `{"error":"there is no key \"x\"; ` + "`ssh-keys list`" + ` has the fingerprints"}`,
+		"api store info /nix/x":   `{"error":"\"/nix/x\" is no store path"}`,
+		"api exit --now":          `{"error":"exit has no option --now; ` + "`help exit`" + ` lists those it has"}`,
+		"api usage --month 26-11": `{"error":"--month \"26-11\" is no month; write it like 2026-11"}`,
+	} {
+		out, errs, status := ts.command(ts.alice, line, "")
+		if out != "" || errs != want+"\n" || status == 0 {
+			t.Errorf("%s: %d, %q, %s", line, status, out, errs)
+		}
+	}
+}
+
+func TestSums(t *testing.T) {
+	ts := newTestServer(t, nil)
+	for i, status := range []string{store.StatusBuilt, store.StatusBuildFailed, store.StatusInternalError, store.StatusCancelled, store.StatusRunning, store.StatusBuilt} {
+		ts.addBuild(ts.account.ID, func(b *store.Build) {
+			b.Status = status
+			b.Created, b.Started, b.Stopped = b.Created.Add(time.Duration(i)*time.Minute), b.Started.Add(time.Duration(i)*time.Minute), b.Stopped.Add(time.Duration(i)*time.Minute)
+			switch status {
+			case store.StatusBuilt:
+				b.Outputs = []store.BuildOutput{{Name: "out", NarSize: 1500}}
+			case store.StatusInternalError:
+				b.CPUSeconds, b.LimitSeconds = 0, 0
+			case store.StatusCancelled:
+				b.CPUSeconds = 0
+			}
+			if i == 5 { // answered by the first one
+				b.Reused, b.ReusedFrom, b.CPUSeconds, b.LimitSeconds, b.Started = true, 1, 0, 0, time.Time{}
+			}
+			b.Tags = map[string]string{"CASE": "sums"}
+		})
+	}
+	var s apiSummary
+	ts.api(ts.alice, "builds summary --tags CASE:sums --status built,build_failed,internal_error,cancelled", &s)
+	want := apiSummary{BuildCount: 4, DiscardedBuildCount: 1, FailedBuildCount: 2, SuccessfulBuildCount: 1,
+		TotalCPUSeconds: 60, BillableCPUSeconds: 40, TotalDurationSeconds: 40, WallTimeSeconds: 190, TotalOutputNarSizeKilobytes: 2}
+	if s != want {
+		t.Errorf("%+v, want %+v", s, want)
+	}
+	ts.api(ts.alice, "builds summary --status pending,running", &s)
+	if s.BuildCount != 1 || s.RunningBuildCount != 1 {
+		t.Errorf("running: %+v", s)
+	}
+	ts.api(ts.alice, "builds summary --tags CASE:none", &s)
+	if s != (apiSummary{}) {
+		t.Errorf("nothing: %+v", s)
+	}
+	var u apiUsage
+	ts.api(ts.alice, "usage --month 2026-11", &u)
+	if u.BuildCount != 5 || u.SuccessfulBuildCount != 1 || u.ReusedBuildCount != 1 || u.BillableCPUSeconds != 60 || u.BillableBuildCount != 3 ||
+		u.LimitCPUSeconds != 80 || u.LeftCPUSeconds != nil {
+		t.Errorf("usage %+v", u)
+	}
+	ts.shell(ts.alice, "settings max-cpu-hours-per-month --set 1")
+	ts.api(ts.alice, "usage --month 2026-11", &u)
+	if u.LeftCPUSeconds == nil || *u.LeftCPUSeconds != 3520 {
+		t.Errorf("what is left: %v", u.LeftCPUSeconds)
+	}
+	if out, errs, _ := ts.shell(ts.alice, "usage --month 2026-11"); !strings.Contains(out, "left       3520 s (0.98 h)") {
+		t.Errorf("usage: %s%s", out, errs)
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"unicode/utf8"
 
 	gossh "golang.org/x/crypto/ssh"
 	"golang.org/x/term"
@@ -90,6 +91,7 @@ func (ss *session) isTerminal() bool {
 // that was left.
 func (ss *session) runTerminal() int {
 	in := ss.newTerminalInput()
+	defer in.close()
 	t := term.NewTerminal(struct {
 		io.Reader
 		io.Writer
@@ -166,6 +168,7 @@ type terminalInput struct {
 	mu        sync.Mutex // guards what follows
 	changed   sync.Cond
 	typed     []byte
+	partial   []byte // the beginning of a character
 	err       error  // of the channel
 	interrupt func() // ends the command that runs; nil when none does
 }
@@ -191,15 +194,33 @@ func (in *terminalInput) pump(from io.Reader) {
 		n, err := from.Read(buf)
 		in.mu.Lock()
 		for _, b := range buf[:n] {
-			in.putLocked(b)
+			in.characterLocked(b)
 		}
-		in.err = err
+		if in.err == nil {
+			in.err = err
+		}
+		ended := in.err != nil
 		in.changed.Broadcast()
 		in.mu.Unlock()
-		if err != nil {
+		if ended {
 			return
 		}
 	}
+}
+
+// characterLocked takes one byte of a character. What is none is lost: x/term
+// would stop at it until something more is typed.
+func (in *terminalInput) characterLocked(b byte) {
+	in.partial = append(in.partial, b)
+	if !utf8.FullRune(in.partial) {
+		return
+	}
+	if r, _ := utf8.DecodeRune(in.partial); r != utf8.RuneError {
+		for _, b := range in.partial {
+			in.putLocked(b)
+		}
+	}
+	in.partial = in.partial[:0]
 }
 
 // putLocked takes one byte. While a command runs, what is more than may be
@@ -231,13 +252,12 @@ func (in *terminalInput) interrupts(f func()) {
 	in.changed.Broadcast()
 }
 
-// Close ends waiting for what is typed.
-func (in *terminalInput) Close() error {
+// close says that nobody reads any more.
+func (in *terminalInput) close() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.err = io.EOF
 	in.changed.Broadcast()
-	return nil
 }
 
 // errLongKey ends a terminal that sends a key's sequence without end.
