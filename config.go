@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"nbd/nixproto"
 	"nbd/server/adminapi"
 	"nbd/server/settings"
 )
@@ -46,6 +47,7 @@ var serveSettings = []setting{
 	{"scratch", uint(51200), "MiB of disk that a build may write, rounded up to a power of two GiB"},
 	{"max-log-size", uint(1 << 30), "bytes of log after which a build is ended; 0 for no limit"},
 	{"allow-addresses", "", "addresses that are not public and that accounts may name for caches: networks (CIDR), addresses, host[:port]; commas between them"},
+	{"public-cache-keys", defaultPublicKeys, "public keys of caches, name:base64: what one of them signed may be used by every account that trusts it, whoever brought it"},
 	{"min-free", uint(1024), "MiB of disk that uploads, outputs and logs leave free"},
 	{"drain-timeout", 10 * time.Minute, "how long running builds may go on after SIGTERM"},
 	{"log-level", "info", "debug, info, warn or error"},
@@ -265,6 +267,21 @@ func (c *config) list(name string) []string {
 		return nil
 	}
 	return strings.FieldsFunc(c.text(name), func(r rune) bool { return r == ',' || r == ' ' })
+}
+
+// defaultPublicKeys is the key of the cache that clients trust by default.
+const defaultPublicKeys = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
+
+// publicKeys returns the keys in public-cache-keys.
+func (c *config) publicKeys() (keys []nixproto.PublicKey, err error) {
+	for _, text := range c.list("public-cache-keys") {
+		k, err := nixproto.ParsePublicKey(text)
+		if err != nil {
+			return nil, &adminapi.HintError{Err: fmt.Errorf("public-cache-keys: %w", err), Hint: "write it as in nix.conf: " + defaultPublicKeys}
+		}
+		keys = append(keys, k)
+	}
+	return keys, nil
 }
 
 // defaultState is where the server keeps what it knows if nobody says.
