@@ -33,6 +33,10 @@ func (s Status) Permanent() bool { return s == Built || s == BuildFailed }
 // being asked.
 func (s Status) Retried() bool { return s == InternalError || s == OutOfMemory }
 
+// Counts reports whether the CPU time of a run that ended so counts against a
+// limit of its account: what it pays for, and what it had thrown away.
+func (s Status) Counts() bool { return s.Costs() || s == ClientDisconnect || s == Cancelled }
+
 // Costs reports whether the CPU time of a run that ended so is the account's to
 // pay.
 func (s Status) Costs() bool {

@@ -9,10 +9,12 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"nbd/nixproto"
 	"nbd/reuse"
+	"nbd/server/settings"
 	"nbd/store"
 	"nbd/vm"
 )
@@ -41,9 +43,12 @@ type BuildsConfig struct {
 	// Limits are the operator's. They are ceilings: a request may only ask for
 	// less.
 	Limits Limits
-	// Retries is how often a build is tried again after a transient end; default
-	// 3, negative for never.
+	// Retries is the most that max-build-restarts can ask for: how often a build
+	// is tried again after a transient end. Zero is no bound, negative is never.
 	Retries int
+	// Substituter fetches from caches what would have to be built or uploaded;
+	// nil if there is none.
+	Substituter substituter
 	// Logger takes what an operator acts on; default: discarded.
 	Logger *slog.Logger
 }
@@ -54,9 +59,23 @@ type BuildsConfig struct {
 // of the guest.
 type runner interface {
 	Run(ctx context.Context, spec *vm.Spec, log io.Writer, outs vm.Outputs) (*vm.Result, error)
-	// Status and Generation tell of guests what is known now.
+	// Status and Generation tell of guests what is known now; Qualify finds it
+	// out, which may take as long as a guest takes to boot.
 	Status() vm.Status
 	Generation() string
+	Qualify(ctx context.Context, fresh bool) (vm.Status, error)
+}
+
+// A substituter brings paths from caches into the own view of a session's
+// account. Its methods may be called concurrently.
+type substituter interface {
+	// Ensure fetches those of paths that are not usable, with their closures, as
+	// far as the session's settings allow and caches have them, and returns
+	// which of paths are usable then. Progress is shown on log. Caches that cannot
+	// be reached, or lie, are no error.
+	Ensure(ctx context.Context, s *Session, paths []nixproto.StorePath, log LogSink) (have []nixproto.StorePath, err error)
+	// Query says what Ensure would do, and fetches nothing.
+	Query(ctx context.Context, s *Session, paths []nixproto.StorePath) (*Substitutable, error)
 }
 
 // Builds is the Builder of a real server: it looks up, joins, queues, runs and
@@ -64,10 +83,12 @@ type runner interface {
 //
 //	Build ─────────┐
 //	BuildPaths ─ graph.go: inputs first, placeholders resolved
-//	               └▶ build: valid already? ─▶ reuse key ─▶ flight, joined or new
-//	                     flight (run.go): record ─▶ queue.go ─▶ vm.Runner, retried
-//	                        └▶ outputs.go: references, checks, addresses ─▶ store
+//	               └▶ build (request.go): an id, a record, an end
+//	                     valid already? ─▶ reuse key ─▶ stored end? (decide.go) ─▶ flight, joined or new
+//	                     flight (run.go): queue.go ─▶ vm.Runner, retried
+//	                        └▶ outputs.go: references, checks, addresses ─▶ store, record.go
 //	                  wait.go: log and end to each that waits, within its own limits
+//	                  grant.go: outputs into the view of each
 //
 // A flight belongs to Builds: it goes on while anybody waits. Methods are safe
 // for concurrent use. A Builds is made by NewBuilds and ended with Close.
@@ -77,6 +98,13 @@ type Builds struct {
 	queue   *queue
 	flights *reuse.Flights[*request, flightEvent, *ending]
 	drvs    drvMemos
+	live    liveRequests
+
+	ctx    context.Context // of requests that outlive their session; ends in Close
+	cancel context.CancelFunc
+	mu     sync.Mutex     // guards what follows
+	closed bool           // no request may begin to outlive its session
+	kept   sync.WaitGroup // requests that may outlive their session
 }
 
 var _ Builder = (*Builds)(nil)
@@ -104,27 +132,38 @@ func NewBuilds(ctx context.Context, cfg BuildsConfig) (*Builds, error) {
 	if err := fillRoom(&cfg); err != nil {
 		return nil, fmt.Errorf("builds: %w", err)
 	}
-	if cfg.Retries == 0 {
-		cfg.Retries = 3
-	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Builds{
-		cfg:     cfg,
-		store:   cfg.Store,
-		queue:   newQueue(cfg.Room),
-		flights: reuse.NewFlights[*request, flightEvent, *ending](ctx, nil),
-		drvs:    drvMemos{accounts: make(map[store.AccountID]*drvMemo)},
-	}, nil
+	b := &Builds{
+		cfg:   cfg,
+		store: cfg.Store,
+		queue: newQueue(cfg.Room),
+		drvs:  drvMemos{accounts: make(map[store.AccountID]*drvMemo)},
+	}
+	b.flights = reuse.NewFlights[*request, flightEvent](ctx, (*ending).release)
+	b.ctx, b.cancel = context.WithCancel(ctx)
+	return b, nil
 }
 
-// Drain refuses new builds and waits for those under way, until ctx ends.
-func (b *Builds) Drain(ctx context.Context) error { return b.flights.Drain(ctx) }
+// Drain refuses new builds, ends those in the queue, and waits for those that
+// run, until ctx ends.
+func (b *Builds) Drain(ctx context.Context) error {
+	b.queue.close()
+	return b.flights.Drain(ctx)
+}
 
 // Close refuses new builds, ends those under way and waits for them. Their
 // records say that the server ended.
-func (b *Builds) Close() { b.flights.Close() }
+func (b *Builds) Close() {
+	b.mu.Lock()
+	b.closed = true
+	b.mu.Unlock()
+	b.queue.close()
+	b.flights.Close()
+	b.cancel()
+	b.kept.Wait()
+}
 
 // Offers returns the systems and features that can be built for.
 func (b *Builds) Offers() (systems, features []string) {
@@ -134,24 +173,31 @@ func (b *Builds) Offers() (systems, features []string) {
 // QueueStatus tells what runs and what waits now.
 func (b *Builds) QueueStatus() QueueStatus { return b.queue.status() }
 
+// Queue returns the requests whose builds wait, those that start first first.
+func (b *Builds) Queue() []QueuedBuild { return b.queue.waiting() }
+
 // A job is one derivation to build, ready to run: its inputs are valid.
 type job struct {
 	account store.AccountID
 	drvPath nixproto.StorePath
 	drv     *nixproto.Derivation // without InputDrvs
 	mode    nixproto.BuildMode
-	limits  Limits
+	set     policy
+	sent    Limits // by the client
 	// hash is the hash modulo of the derivation as the client knows it, under
 	// which realisations are asked for and answered; resolved is that of drv
 	// itself, where that is another derivation, else zero.
 	hash, resolved nixproto.Hash
 	scratchDrv     nixproto.StorePath // names scratch paths; "" means drvPath
 	beforeSelfHash bool               // as in Session
+	// restart is the build that this one does again on purpose; nil for what a
+	// client asks for.
+	restart *store.Build
 }
 
 // Build implements Builder.
 func (b *Builds) Build(ctx context.Context, s *Session, req *BuildRequest, log LogSink) (*nixproto.BuildResult, error) {
-	limits, err := b.limits(s.Env, req.Limits)
+	set, err := b.policy(s, req.Drv, req.Limits)
 	if err != nil {
 		return failed(nixproto.InputRejected, err), nil
 	}
@@ -170,7 +216,8 @@ func (b *Builds) Build(ctx context.Context, s *Session, req *BuildRequest, log L
 		drvPath: req.DrvPath,
 		drv:     req.Drv,
 		mode:    req.Mode,
-		limits:  limits,
+		set:     set,
+		sent:    req.Limits,
 		hash:    hash,
 
 		beforeSelfHash: s.beforeSelfHash,
@@ -181,7 +228,7 @@ func (b *Builds) Build(ctx context.Context, s *Session, req *BuildRequest, log L
 // not make a path valid: from the .drv file in the view, whose output paths
 // recompute, or not at all.
 func (b *Builds) buildProven(ctx context.Context, s *Session, req *BuildRequest, log LogSink) (*nixproto.BuildResult, error) {
-	valid, err := b.store.Valid(ctx, s.account(), []nixproto.StorePath{req.DrvPath})
+	valid, err := s.Sight.Valid(ctx, []nixproto.StorePath{req.DrvPath})
 	if err != nil {
 		return nil, err
 	}
@@ -205,131 +252,311 @@ func (b *Builds) buildProven(ctx context.Context, s *Session, req *BuildRequest,
 	return &results[0].BuildResult, nil
 }
 
-// build makes the outputs of one job valid. Its results are those of Build.
+// build makes the outputs of one job valid. Its results are those of Build. A
+// build that is to go on without its client has a session of its own, which
+// keeps its paths.
 func (b *Builds) build(ctx context.Context, s *Session, j *job, log LogSink) (*nixproto.BuildResult, error) {
-	for range maxLookups {
-		if j.mode != nixproto.BuildNormal {
-			s.Keep(staticOutputs(j.drv)...)
-		}
-		known, err := b.knownOutputs(ctx, s, j)
-		if err != nil {
-			return nil, err
-		}
-		switch {
-		case j.mode == nixproto.BuildNormal && known.complete:
-			return succeeded(nixproto.AlreadyValid, j, known.paths), nil
-		case j.mode == nixproto.BuildCheck && !known.complete:
-			return failed(nixproto.MiscFailure, refusef("some outputs of '%s' are not valid, so it cannot be checked", j.drvPath)), nil
-		case j.mode == nixproto.BuildRepair && known.complete:
-			intact, err := b.intact(ctx, j.account, known.paths)
-			if err != nil {
-				return nil, err
-			}
-			if intact {
-				return succeeded(nixproto.AlreadyValid, j, known.paths), nil
-			}
-		}
-		end, err := b.fly(ctx, j, log)
-		if err != nil {
-			return nil, err
-		}
-		if end.status != reuse.Built {
-			return end.answer(j), nil
-		}
-		// The flight's hold on the outputs has ended; see that they are still
-		// there under the session's.
-		paths := slices.Sorted(maps.Values(end.paths))
-		s.Keep(paths...)
-		valid, err := b.store.Valid(ctx, j.account, paths)
-		if err != nil {
-			return nil, err
-		}
-		if len(valid) == len(paths) {
-			return end.answer(j), nil
-		}
+	if !j.set.keep {
+		return b.serve(ctx, s, j, log)
 	}
-	return failed(nixproto.TransientFailure, refusef("outputs of '%s' were deleted again and again", j.drvPath)), nil
+	type answer struct {
+		result *nixproto.BuildResult
+		err    error
+	}
+	answered := make(chan answer, 1)
+	if !b.keep(func(ctx context.Context) {
+		own := *s
+		lease := s.Sight.NewLease()
+		defer lease.Release()
+		own.leases = lease
+		var a answer
+		a.result, a.err = b.serve(ctx, &own, j, log)
+		if a.err == nil {
+			for _, real := range a.result.Outputs {
+				s.Keep(real.OutPath)
+			}
+		}
+		answered <- a
+	}) {
+		return nil, errEnding
+	}
+	select {
+	case a := <-answered:
+		return a.result, a.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 }
 
-// maxLookups bounds how often a build is looked up anew because somebody
-// deleted its outputs just after it ended.
-const maxLookups = 3
+// keep calls f in a goroutine that Close waits for, with a context that ends
+// then; false if it has begun.
+func (b *Builds) keep(f func(ctx context.Context)) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return false
+	}
+	b.kept.Go(func() { f(b.ctx) })
+	return true
+}
 
-// fly waits for the flight of j, joined or new, until its end or ctx's. A
-// flight that ended by a limit that is not j's is no answer; another one is
-// started then.
-func (b *Builds) fly(ctx context.Context, j *job, log LogSink) (*ending, error) {
-	inputs, missing, err := b.inputs(ctx, j)
+// serve answers one request.
+func (b *Builds) serve(ctx context.Context, s *Session, j *job, log LogSink) (*nixproto.BuildResult, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	r, err := b.newRequest(ctx, s, j, cancel)
+	if err != nil {
+		return nil, err
+	}
+	return b.serveRequest(ctx, r, log)
+}
+
+func (b *Builds) serveRequest(ctx context.Context, r *request, log LogSink) (*nixproto.BuildResult, error) {
+	end, err := b.answer(ctx, r, log)
+	var c *cancelled
+	if err != nil && errors.As(context.Cause(ctx), &c) {
+		end, err = c.ending(r.job.drvPath), nil
+	}
+	r.finish(end, err)
+	if err != nil {
+		return nil, err
+	}
+	return end.answer(r.job), nil
+}
+
+// maxLookups bounds how often a request is looked up anew because an identical
+// build ended in between.
+const maxLookups = 10
+
+// answer finds what stands in for a run, or runs.
+func (b *Builds) answer(ctx context.Context, r *request, log LogSink) (*ending, error) {
+	for range maxLookups {
+		r.begin()
+		if end, err := b.byOutputs(ctx, r, log); end != nil || err != nil {
+			return end, err
+		}
+		end, err := b.byKey(ctx, r, log)
+		if err != nil || !end.again {
+			return end, err
+		}
+	}
+	return &ending{status: reuse.InternalError, code: nixproto.TransientFailure, drvPath: r.job.drvPath,
+		message: fmt.Sprintf("cannot build '%s': what stands in for it came and went again and again", r.job.drvPath)}, nil
+}
+
+// byOutputs ends a request whose outputs need no build; nil if they do.
+func (b *Builds) byOutputs(ctx context.Context, r *request, log LogSink) (*ending, error) {
+	s, j := r.session, r.job
+	if j.mode != nixproto.BuildNormal {
+		s.Keep(staticOutputs(j.drv)...)
+	}
+	known, err := b.knownOutputs(ctx, s, j)
+	fetched := false
+	if err == nil && j.mode == nixproto.BuildNormal && !known.complete {
+		if fetched, err = b.fetchOutputs(ctx, s, j, log); fetched {
+			known, err = b.knownOutputs(ctx, s, j)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	valid := &ending{status: reuse.Built, code: nixproto.AlreadyValid, drvPath: j.drvPath, paths: known.paths}
+	switch {
+	case j.mode == nixproto.BuildNormal && known.complete:
+		if fetched {
+			r.decide("cache", true, "a cache of the account has the outputs")
+		} else {
+			r.decide("outputs", true, "all outputs are valid already")
+		}
+		return valid, nil
+	case j.mode == nixproto.BuildCheck && !known.complete:
+		return &ending{status: reuse.ClientError, code: nixproto.MiscFailure, drvPath: j.drvPath,
+			message: fmt.Sprintf("some outputs of '%s' are not valid, so it cannot be checked", j.drvPath)}, nil
+	case j.mode == nixproto.BuildRepair && known.complete:
+		intact, err := b.intact(ctx, s, known.paths)
+		if err != nil {
+			return nil, err
+		}
+		if intact {
+			r.decide("outputs", true, "all outputs are valid and intact")
+			return valid, nil
+		}
+	}
+	r.decide("outputs", false, "not all outputs are valid")
+	return nil, nil
+}
+
+// byKey ends a request with a stored end under its key, with that of an
+// identical build, or with that of a run.
+func (b *Builds) byKey(ctx context.Context, r *request, log LogSink) (*ending, error) {
+	j := r.job
+	inputs, missing, err := b.inputs(ctx, r.session, j, log)
 	if err != nil {
 		return nil, err
 	}
 	if len(missing) > 0 {
-		return &ending{status: reuse.ClientError, code: nixproto.MiscFailure, message: missingInputs(j.drvPath, missing)}, nil
+		return &ending{status: reuse.ClientError, code: nixproto.MiscFailure, drvPath: j.drvPath, message: missingInputs(j.drvPath, missing)}, nil
 	}
 	defer inputs.lease.Release()
-	for {
-		run := func(f *flight) *ending { return b.run(f, j, inputs) }
-		var w *waiter
-		var started bool
-		if j.mode == nixproto.BuildNormal {
-			w, started, err = b.flights.Join(reuse.FlightID{Scope: uint64(j.account), Key: inputs.key}, nil, run)
-		} else {
-			w, err = b.flights.Start(nil, run)
-			started = true
+	if j.mode == nixproto.BuildNormal { // nothing stands in for a check or repair, nor they for it
+		r.keyed(inputs.key)
+	}
+	stored, err := b.findStored(ctx, r.session, j, inputs.key, r.decide)
+	if err != nil {
+		return nil, err
+	}
+	if stored != nil {
+		defer stored.close()
+		return b.useStored(ctx, r, stored, log)
+	}
+	return b.fly(ctx, r, inputs, log)
+}
+
+// fly waits for the flight of a request, joined or new, until its end or ctx's,
+// and takes its outputs into the account's view.
+func (b *Builds) fly(ctx context.Context, r *request, in *jobInputs, log LogSink) (end *ending, err error) {
+	j := r.job
+	// The flight holds its inputs by itself: it may outlive this request.
+	lease := r.session.Sight.NewLease()
+	lease.Add(j.drv.InputSrcs...)
+	lease.Add(staticOutputs(j.drv)...)
+	run := func(f *flight) *ending {
+		defer lease.Release()
+		return b.run(f, r, in, lease)
+	}
+	refused, err := b.mayRun(ctx, r)
+	if err != nil {
+		lease.Release()
+		return nil, err
+	}
+	var w *waiter
+	var started bool
+	switch {
+	case j.mode == nixproto.BuildNormal && j.set.reuse != settings.ReuseNone:
+		if refused != nil {
+			run = nil // it may join another's
 		}
-		if errors.Is(err, reuse.ErrClosed) {
-			return nil, errEnding
-		} else if err != nil {
-			return nil, err
+		w, started, err = b.flights.Join(reuse.FlightID{Scope: j.set.scope(j.account), Key: in.key}, r, run)
+	case refused == nil:
+		w, err = b.flights.Start(r, run)
+		started = true
+	}
+	if !started || err != nil {
+		lease.Release()
+		b.live.unclaim(r)
+	}
+	if errors.Is(err, reuse.ErrClosed) {
+		return nil, errEnding
+	} else if err != nil {
+		return nil, err
+	}
+	if w == nil {
+		r.decide("run", false, refused.message)
+		return refused, nil
+	}
+	if err := r.boarded(ctx, w, started, log); err != nil {
+		w.Leave(nil)
+		return nil, err
+	}
+	var why error // of leaving
+	defer func() {
+		if w.Leave(why) {
+			r.handOver(w.Members())
 		}
-		end, err := b.wait(ctx, w, j, started, log)
-		if err != nil || !end.otherLimit(j.limits) {
-			return end, err
+	}()
+	end, why, err = b.wait(ctx, w, r, log)
+	if err == nil && end.results != nil {
+		_, err = b.grant(ctx, r.session, j, end.results)
+	}
+	return end, err
+}
+
+// boarded notes that a request waits for a flight, and says so if it is
+// another's.
+func (r *request) boarded(ctx context.Context, w *waiter, started bool, log LogSink) error {
+	if started {
+		r.decide("running", false, "no identical build is under way")
+		r.decide("run", true, "nothing stands in for a run")
+		return nil
+	}
+	what := "an identical build"
+	for _, other := range w.Members() {
+		if other.job.account == r.job.account && other.owned() != nil {
+			what = fmt.Sprintf("build %d", other.id())
 		}
 	}
+	r.decide("running", true, what+" is under way")
+	log.Note(fmt.Sprintf("'%s' is being built already; waiting for %s", r.job.drvPath, what))
+	return r.joined(ctx)
+}
+
+// mayRun says why a request must not start a run; nil if it may, and counts as
+// one that is under way then.
+func (b *Builds) mayRun(ctx context.Context, r *request) (*ending, error) {
+	j := r.job
+	refuse := func(text string) *ending {
+		return &ending{status: reuse.ClientError, code: nixproto.MiscFailure, drvPath: j.drvPath, message: fmt.Sprintf("cannot build '%s': %s", j.drvPath, text)}
+	}
+	if hours := j.set.monthly; hours != nil {
+		used, err := b.store.Usage(ctx, j.account, time.Now())
+		if err != nil {
+			return nil, err
+		}
+		if float64(used.LimitSeconds) >= *hours*3600 {
+			return refuse(fmt.Sprintf("its account has used %.2f of the %g CPU hours that max-cpu-hours-per-month allows; what was built before is still served",
+				float64(used.LimitSeconds)/3600, *hours)), nil
+		}
+	}
+	if n := j.set.maxRunning; !b.live.claim(r, n) {
+		return refuse(fmt.Sprintf("its account has %d builds under way, as many as max-running-builds allows", n)), nil
+	}
+	return nil, nil
 }
 
 // jobInputs are the inputs of a job, held for it.
 type jobInputs struct {
-	closure []nixproto.PathInfo
-	key     reuse.Key
-	lease   *store.Lease
+	key   reuse.Key
+	lease *store.Lease
 }
 
-// inputs finds the closure of j's inputs and computes the key, or names the
-// inputs that are not valid. The caller releases the lease unless there was an
-// error or something is missing.
-func (b *Builds) inputs(ctx context.Context, j *job) (in *jobInputs, missing []nixproto.StorePath, err error) {
-	lease := b.store.NewLease(j.account)
+// inputs finds the inputs of j, brings from caches what is missing, and
+// computes the key, or names the inputs that are not there. The caller releases
+// the lease unless there was an error or something is missing.
+func (b *Builds) inputs(ctx context.Context, s *Session, j *job, log LogSink) (in *jobInputs, missing []nixproto.StorePath, err error) {
+	lease := s.Sight.NewLease()
 	defer func() {
 		if in == nil {
 			lease.Release()
 		}
 	}()
 	lease.Add(j.drv.InputSrcs...)
-	valid, err := b.store.Valid(ctx, j.account, j.drv.InputSrcs)
+	if err := b.fetchInputs(ctx, s, j, log); err != nil {
+		return nil, nil, err
+	}
+	valid, err := s.Sight.Valid(ctx, j.drv.InputSrcs)
 	if err != nil {
 		return nil, nil, err
 	}
 	if len(valid) < len(j.drv.InputSrcs) {
 		return nil, without(j.drv.InputSrcs, valid), nil
 	}
-	closure, err := b.store.ClosureInfo(ctx, j.account, j.drv.InputSrcs)
+	_, roots, err := s.Sight.InputRoots(ctx, j.drv.InputSrcs)
 	if err != nil {
 		return nil, nil, err
 	}
-	infos := make([]*nixproto.PathInfo, len(closure))
-	for i := range closure {
-		infos[i] = &closure[i]
-	}
-	key, err := reuse.NewKey(j.drv, infos)
+	key, err := j.keyOf(reuse.KeyOfRoots(j.drv, roots))
 	if err != nil {
 		return nil, nil, err
 	}
-	if kind, _ := j.drv.Kind(); j.beforeSelfHash && kind == nixproto.Floating {
+	return &jobInputs{key, lease}, nil, nil
+}
+
+// keyOf is the key of the job whose derivation and inputs have a key.
+func (j *job) keyOf(key reuse.Key, err error) (reuse.Key, error) {
+	if kind, _ := j.drv.Kind(); err == nil && j.beforeSelfHash && kind == nixproto.Floating {
 		key = key.Variant("content addresses of Nix before 2.17")
 	}
-	return &jobInputs{closure, key, lease}, nil, nil
+	return key, err
 }
 
 // knownPaths are the paths of a job's outputs as far as they are known and
@@ -359,7 +586,7 @@ func (b *Builds) findOutputs(ctx context.Context, s *Session, drv *nixproto.Deri
 			if hash.IsZero() {
 				continue
 			}
-			real, err := b.store.Realisation(ctx, s.account(), hash, name)
+			real, err := s.Sight.Realisation(ctx, hash, name)
 			if errors.Is(err, store.ErrNotFound) {
 				continue
 			} else if err != nil {
@@ -371,7 +598,7 @@ func (b *Builds) findOutputs(ctx context.Context, s *Session, drv *nixproto.Deri
 	}
 	wanted := slices.Sorted(maps.Values(paths))
 	s.Keep(wanted...)
-	valid, err := b.store.Valid(ctx, s.account(), wanted)
+	valid, err := s.Sight.Valid(ctx, wanted)
 	if err != nil {
 		return nil, err
 	}
@@ -423,11 +650,6 @@ func missingInputs(drv nixproto.StorePath, missing []nixproto.StorePath) string 
 // failed is the result of a request that could not be tried.
 func failed(status nixproto.BuildStatus, err error) *nixproto.BuildResult {
 	return &nixproto.BuildResult{Status: status, Error: printable(err.Error())}
-}
-
-// succeeded is the result of a job whose outputs are at paths.
-func succeeded(status nixproto.BuildStatus, j *job, paths map[string]nixproto.StorePath) *nixproto.BuildResult {
-	return &nixproto.BuildResult{Status: status, Outputs: builtOutputs(j.hash, paths)}
 }
 
 // builtOutputs are realisations of the outputs at paths.

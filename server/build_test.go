@@ -131,7 +131,7 @@ func TestBuildKeyOfHookAndGraph(t *testing.T) {
 		t.Error("hash of the derivation as received is that of the file")
 	}
 	var keys []string
-	for _, rec := range bt.records() {
+	for _, rec := range bt.requests() {
 		if rec.Name == "top" {
 			keys = append(keys, rec.Key)
 		}
@@ -143,7 +143,7 @@ func TestBuildKeyOfHookAndGraph(t *testing.T) {
 
 func TestBuildFailures(t *testing.T) {
 	limits := Limits{Timeout: 7 * time.Second, MaxSilent: 5 * time.Second, MaxLogSize: 1000}
-	bt := newBuildTest(t, nil)
+	bt := newBuildTest(t, func(c *BuildsConfig) { c.Limits = limits })
 	for i, c := range []struct {
 		name   string
 		err    error
@@ -176,7 +176,6 @@ func TestBuildFailures(t *testing.T) {
 				return c.err
 			})
 			req := bt.request(drv(name))
-			req.Limits = limits
 			r, _ := bt.build(req)
 			wantError(t, r, c.status, c.parts...)
 			if rec := bt.records()[i]; rec.Status != c.record || rec.Error == "" || strings.Contains(rec.Error, "\n") {
@@ -308,30 +307,6 @@ func TestBuildJoins(t *testing.T) {
 		t.Errorf("notes %q", sink.notes)
 	}
 	if n := bt.runner.count("x"); n != 1 {
-		t.Errorf("%d runs", n)
-	}
-}
-
-func TestBuildOfAnotherAccountIsNotJoined(t *testing.T) {
-	bt := newBuildTest(t, nil)
-	bob, err := bt.st.AddAccount(t.Context(), "bob")
-	if err != nil {
-		t.Fatal(err)
-	}
-	release := make(chan struct{})
-	bt.runner.act("x", func(f *fakeRun) error {
-		f.say("begun")
-		<-release
-		return f.writeContent()
-	})
-	req := bt.request(drv("x"))
-	_, _, alice, _ := joinTest(t, bt, req)
-	bt.session = bt.newSession(bob)
-	_, _, bobs, _ := joinTest(t, bt, req)
-	close(release)
-	wantStatus(t, <-alice, nixproto.Built)
-	wantStatus(t, <-bobs, nixproto.Built)
-	if n := bt.runner.count("x"); n != 2 {
 		t.Errorf("%d runs", n)
 	}
 }
@@ -497,74 +472,74 @@ func TestBuildRunsOutOfMemory(t *testing.T) {
 	}
 }
 
-// Who joins with a stricter limit is ended by it alone; who joins with a looser
-// one gets a run of its own when the first is ended.
+// Each of those who wait for a run is ended by its own limits alone.
 func TestBuildLimitsOfThoseWhoJoin(t *testing.T) {
 	bt := newBuildTest(t, nil)
 	release := make(chan struct{})
 	bt.runner.act("x", func(f *fakeRun) error {
-		f.say("try %d", f.try)
-		if f.try == 1 {
-			<-release
-			return &vm.BuildError{Kind: vm.TimedOut}
-		}
+		f.say("begun")
+		<-release
 		return f.writeContent()
 	})
 	loose := bt.request(drv("x"))
-	middle, strict, chatty := *loose, *loose, *loose
-	middle.Limits.Timeout = time.Hour
-	strict.Limits.MaxSilent = time.Millisecond
+	silent, short, chatty := *loose, *loose, *loose
+	silent.Limits.MaxSilent = time.Second
+	short.Limits.Timeout = time.Second
 	chatty.Limits.MaxLogSize = 3
-	_, _, first, _ := joinTest(t, bt, &middle)
+	_, _, first, _ := joinTest(t, bt, &short)
 	_, _, second, sink := joinTest(t, bt, loose)
-	r, _ := bt.build(&strict)
+	r, _ := bt.build(&silent)
 	wantError(t, r, nixproto.TimedOut, "1 seconds of silence")
 	r, _ = bt.build(&chatty)
 	wantError(t, r, nixproto.LogLimitExceeded, "more than 3 bytes")
+	wantError(t, <-first, nixproto.TimedOut, "timed out after 1 seconds")
 	close(release)
-	wantError(t, <-first, nixproto.TimedOut, "timed out after 3600 seconds")
 	wantStatus(t, <-second, nixproto.Built)
-	if got := sink.log(loose.DrvPath); got != "try 1\ntry 2\n" {
+	if got := sink.log(loose.DrvPath); got != "begun\n" || bt.runner.count("x") != 1 {
 		t.Errorf("log of the loose one: %q", got)
+	}
+	// The run is that of the one who stayed.
+	var statuses []string
+	for _, rec := range bt.records() {
+		statuses = append(statuses, rec.Status)
+	}
+	if want := []string{store.StatusTimeout, store.StatusBuilt}; !slices.Equal(statuses, want) {
+		t.Errorf("records of runs %q, want %q", statuses, want)
 	}
 }
 
-func TestBuildLimitsFromEnvironment(t *testing.T) {
-	b := &Builds{cfg: BuildsConfig{Limits: Limits{Timeout: time.Hour, MaxLogSize: 1 << 20}}}
+func TestBuildPolicyStaysWithinTheOperators(t *testing.T) {
+	bt := newBuildTest(t, func(c *BuildsConfig) {
+		c.Limits = Limits{Timeout: time.Hour, MaxLogSize: 1 << 20}
+		c.CPUs, c.MemoryMiB, c.MaxMemoryMiB, c.Retries = 4, 1000, 4000, 2
+	})
 	for _, c := range []struct {
 		name string
 		env  map[string]string
 		sent Limits
 		want Limits
-		err  string
+		cpus int
+		mem  int
 	}{
-		{"none", nil, Limits{}, Limits{Timeout: time.Hour, MaxLogSize: 1 << 20}, ""},
+		{"none", nil, Limits{}, Limits{Timeout: time.Hour, MaxLogSize: 1 << 20}, 4, 1000},
 		{"environment", map[string]string{"NBD_TIMEOUT": "5", "NIXBUILDNET_MAX_SILENT_TIME": "6", "NBD_MAX_LOG_SIZE": "7"}, Limits{},
-			Limits{5 * time.Second, 6 * time.Second, 7}, ""},
-		{"own name first", map[string]string{"NBD_TIMEOUT": "5", "NIXBUILDNET_TIMEOUT": "6"}, Limits{}, Limits{5 * time.Second, 0, 1 << 20}, ""},
-		{"empty", map[string]string{"NBD_TIMEOUT": "", "NIXBUILDNET_TIMEOUT": "6"}, Limits{}, Limits{6 * time.Second, 0, 1 << 20}, ""},
-		{"sent", map[string]string{"NBD_TIMEOUT": "5"}, Limits{Timeout: 9 * time.Second}, Limits{9 * time.Second, 0, 1 << 20}, ""},
-		{"ceiling", map[string]string{"NBD_TIMEOUT": "99999999999999"}, Limits{MaxLogSize: 1 << 40}, Limits{time.Hour, 0, 1 << 20}, ""},
-		{"wrong", map[string]string{"NIXBUILDNET_TIMEOUT": "soon"}, Limits{}, Limits{}, `NIXBUILDNET_TIMEOUT is "soon"`},
-		{"negative", map[string]string{"NBD_MAX_LOG_SIZE": "-1"}, Limits{}, Limits{}, "NBD_MAX_LOG_SIZE"},
+			Limits{5 * time.Second, 6 * time.Second, 7}, 4, 1000},
+		{"sent", map[string]string{"NBD_TIMEOUT": "5"}, Limits{Timeout: 9 * time.Second}, Limits{9 * time.Second, 0, 1 << 20}, 4, 1000},
+		{"ceiling", map[string]string{"NBD_TIMEOUT": "7200", "NBD_MIN_MEM": "9000", "NBD_DEFAULT_CPU": "2000"}, Limits{MaxLogSize: 1 << 40},
+			Limits{time.Hour, 0, 1 << 20}, 1000, 4000},
+		{"less", map[string]string{"NBD_MAX_MEM": "500", "NBD_MAX_CPU": "1"}, Limits{}, Limits{time.Hour, 0, 1 << 20}, 1, 500},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got, err := b.limits(c.env, c.sent)
-			if (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
-				t.Fatalf("error %v, want %q", err, c.err)
+			bt.t = t
+			p, err := bt.policy(bt.newSessionWith(bt.account, c.env), nil, c.sent)
+			if err != nil {
+				t.Fatal(err)
 			}
-			if got != c.want {
-				t.Errorf("limits %+v, want %+v", got, c.want)
+			if p.limits != c.want || p.cpus != c.cpus || p.memoryMiB != c.mem || p.restarts != 2 {
+				t.Errorf("policy %+v, want limits %+v", p, c.want)
 			}
 		})
 	}
-}
-
-func TestBuildWrongSettingIsTheClientsFault(t *testing.T) {
-	bt := newBuildTest(t, nil)
-	bt.session.Env = map[string]string{"NBD_TIMEOUT": "x"}
-	r, _ := bt.build(bt.request(drv("x")))
-	wantError(t, r, nixproto.InputRejected, "NBD_TIMEOUT")
 }
 
 func TestBuildCheck(t *testing.T) {

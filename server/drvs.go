@@ -16,14 +16,14 @@ import (
 // maxDrvSize bounds the text of a .drv file, in bytes.
 const maxDrvSize = nixproto.MaxMessage
 
-// readDrv reads a derivation from the account's view, and checks that its path
+// readDrv reads a derivation that the session may use, and checks that its path
 // follows from its text. One that is not there is store.ErrNotFound; one that
 // is no derivation is a refusal.
-func (b *Builds) readDrv(ctx context.Context, a store.AccountID, path nixproto.StorePath) (*nixproto.Derivation, error) {
+func (b *Builds) readDrv(ctx context.Context, s *Session, path nixproto.StorePath) (*nixproto.Derivation, error) {
 	if !path.IsDerivation() {
 		return nil, refusef("'%s' is not a derivation", path)
 	}
-	info, err := b.store.Info(ctx, a, path)
+	info, err := s.Sight.Info(ctx, path)
 	if err != nil {
 		return nil, err
 	}

@@ -13,13 +13,20 @@ import (
 // built. It is planned from the wanted ones down, then built from the leaves
 // up. Nothing recurses; chains may be as long as they like.
 type graph struct {
-	b      *Builds
-	s      *Session
-	limits Limits
-	mode   nixproto.BuildMode // of what was asked for itself; inputs are built normally
-	memo   *drvMemo
-	nodes  map[nixproto.StorePath]*node
-	todo   []*node // to be planned, or planned again for further outputs
+	b     *Builds
+	s     *Session
+	sent  Limits             // by the client, with the request
+	most  int                // builds at once
+	mode  nixproto.BuildMode // of what was asked for itself; inputs are built normally
+	dry   bool               // nothing is fetched or built
+	log   LogSink            // nil if dry
+	memo  *drvMemo
+	nodes map[nixproto.StorePath]*node
+	todo  []*node // to be planned, or planned again for further outputs
+	// offered are the paths that caches had, or have, and fetches what they say
+	// of them, if dry.
+	offered map[nixproto.StorePath]bool
+	fetches []*nixproto.NarInfo
 }
 
 // A node is one derivation of a graph.
@@ -48,21 +55,25 @@ type node struct {
 	result *nixproto.BuildResult // set with done, or by a refusal when it was planned
 }
 
-func (b *Builds) newGraph(s *Session, mode nixproto.BuildMode, limits Limits) *graph {
-	return &graph{b: b, s: s, mode: mode, limits: limits, memo: b.drvs.of(s.account()), nodes: make(map[nixproto.StorePath]*node)}
+func (b *Builds) newGraph(s *Session, mode nixproto.BuildMode) *graph {
+	return &graph{b: b, s: s, mode: mode, most: maxParallel, memo: b.drvs.of(s.account()), nodes: make(map[nixproto.StorePath]*node), offered: make(map[nixproto.StorePath]bool)}
 }
 
 // BuildPaths implements Builder.
 func (b *Builds) BuildPaths(ctx context.Context, s *Session, req *PathsRequest, log LogSink) ([]nixproto.KeyedBuildResult, error) {
 	results := make([]nixproto.KeyedBuildResult, len(req.Paths))
-	limits, err := b.limits(s.Env, req.Limits)
+	set, err := b.policy(s, nil, req.Limits)
 	if err != nil {
 		for i, p := range req.Paths {
 			results[i] = nixproto.KeyedBuildResult{Path: p, BuildResult: *failed(nixproto.InputRejected, err)}
 		}
 		return results, nil
 	}
-	g := b.newGraph(s, req.Mode, limits)
+	g := b.newGraph(s, req.Mode)
+	g.sent, g.log = req.Limits, log
+	if set.maxRunning > 0 { // past that a build is refused
+		g.most = min(g.most, set.maxRunning)
+	}
 	if err := g.plan(ctx, req.Paths); err != nil {
 		return nil, err
 	}
@@ -84,7 +95,8 @@ func (b *Builds) BuildPaths(ctx context.Context, s *Session, req *PathsRequest, 
 
 // Missing implements Builder.
 func (b *Builds) Missing(ctx context.Context, s *Session, paths []nixproto.DerivedPath) (*Missing, error) {
-	g := b.newGraph(s, nixproto.BuildNormal, Limits{})
+	g := b.newGraph(s, nixproto.BuildNormal)
+	g.dry = true
 	if err := g.plan(ctx, paths); err != nil {
 		return nil, err
 	}
@@ -96,11 +108,11 @@ func (b *Builds) Missing(ctx context.Context, s *Session, paths []nixproto.Deriv
 			}
 			continue
 		}
-		valid, err := b.store.Valid(ctx, s.account(), []nixproto.StorePath{p.Path})
+		valid, err := s.Sight.Valid(ctx, []nixproto.StorePath{p.Path})
 		if err != nil {
 			return nil, err
 		}
-		if len(valid) == 0 {
+		if len(valid) == 0 && !g.offered[p.Path] {
 			m.Unknown = append(m.Unknown, p.Path)
 		}
 	}
@@ -109,6 +121,7 @@ func (b *Builds) Missing(ctx context.Context, s *Session, paths []nixproto.Deriv
 			m.WillBuild = append(m.WillBuild, n.path)
 		}
 	}
+	g.addFetches(m)
 	slices.Sort(m.WillBuild)
 	slices.Sort(m.Unknown)
 	m.Unknown = slices.Compact(m.Unknown)
@@ -117,11 +130,11 @@ func (b *Builds) Missing(ctx context.Context, s *Session, paths []nixproto.Deriv
 
 // OutputMap implements Builder.
 func (b *Builds) OutputMap(ctx context.Context, s *Session, path nixproto.StorePath) (map[string]nixproto.StorePath, error) {
-	drv, err := b.readDrv(ctx, s.account(), path)
+	drv, err := b.readDrv(ctx, s, path)
 	if err != nil {
 		return nil, err
 	}
-	g := b.newGraph(s, nixproto.BuildNormal, Limits{})
+	g := b.newGraph(s, nixproto.BuildNormal)
 	n := &node{path: path, drv: drv}
 	outputs := make(map[string]nixproto.StorePath, len(drv.Outputs))
 	for name, out := range drv.Outputs {
@@ -134,7 +147,7 @@ func (b *Builds) OutputMap(ctx context.Context, s *Session, path nixproto.StoreP
 		if n.result != nil {
 			return nil, refusef("%s", n.result.Error)
 		}
-		real, err := b.store.Realisation(ctx, s.account(), n.hash, name)
+		real, err := s.Sight.Realisation(ctx, n.hash, name)
 		if notThere(err) {
 			continue
 		} else if err != nil {
@@ -147,6 +160,11 @@ func (b *Builds) OutputMap(ctx context.Context, s *Session, path nixproto.StoreP
 
 // plan finds out which derivations have to be built for the wanted paths.
 func (g *graph) plan(ctx context.Context, wanted []nixproto.DerivedPath) error {
+	if g.b.cfg.Substituter != nil {
+		if err := g.askCachesForOpaque(ctx, wanted); err != nil {
+			return err
+		}
+	}
 	for _, p := range wanted {
 		if !p.Built() {
 			continue
@@ -158,10 +176,17 @@ func (g *graph) plan(ctx context.Context, wanted []nixproto.DerivedPath) error {
 		n.top = true
 	}
 	for len(g.todo) > 0 {
-		n := g.todo[len(g.todo)-1]
-		g.todo = g.todo[:len(g.todo)-1]
-		if err := g.planOne(ctx, n); err != nil {
-			return err
+		level := g.todo
+		g.todo = nil
+		if g.b.cfg.Substituter != nil {
+			if err := g.askCaches(ctx, level); err != nil {
+				return err
+			}
+		}
+		for _, n := range level {
+			if err := g.planOne(ctx, n); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -197,7 +222,7 @@ func (g *graph) want(ctx context.Context, path nixproto.StorePath, outputs []str
 
 // load reads the derivation of n; one that is no good is n's result.
 func (g *graph) load(ctx context.Context, n *node) error {
-	drv, err := g.b.readDrv(ctx, g.s.account(), n.path)
+	drv, err := g.b.readDrv(ctx, g.s, n.path)
 	n.drv = drv
 	switch {
 	case err == nil:
@@ -240,7 +265,7 @@ func (g *graph) planOne(ctx context.Context, n *node) error {
 			n.result = failed(nixproto.MiscFailure, refusef("derivation '%s' has no output '%s'", n.path, name))
 			return nil
 		}
-		n.build = n.build || n.paths[name] == ""
+		n.build = n.build || n.paths[name] == "" && !(g.dry && g.offered[n.drv.Outputs[name].Path])
 	}
 	n.build = n.build || n.top && g.mode != nixproto.BuildNormal
 	if !n.build {
@@ -284,7 +309,7 @@ func (g *graph) hashing(ctx context.Context, n *node, f func(*nixproto.Modulo) e
 		if known := g.nodes[p]; known != nil && known.drv != nil {
 			return known.drv, nil
 		}
-		drv, err := g.b.readDrv(ctx, g.s.account(), p)
+		drv, err := g.b.readDrv(ctx, g.s, p)
 		if err != nil && !notThere(err) && !isRefusal(err) {
 			fault = err
 		}
@@ -328,7 +353,7 @@ func (g *graph) check(ctx context.Context) error {
 func (g *graph) resultOf(ctx context.Context, p nixproto.DerivedPath) (*nixproto.BuildResult, error) {
 	if !p.Built() {
 		g.s.Keep(p.Path)
-		valid, err := g.b.store.Valid(ctx, g.s.account(), []nixproto.StorePath{p.Path})
+		valid, err := g.s.Sight.Valid(ctx, []nixproto.StorePath{p.Path})
 		if err != nil {
 			return nil, err
 		}

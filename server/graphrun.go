@@ -46,7 +46,7 @@ func (g *graph) run(ctx context.Context, log LogSink) error {
 	var fault error
 	var finished, failures, running uint64
 	for {
-		for len(ready) > 0 && running < maxParallel && fault == nil {
+		for len(ready) > 0 && running < uint64(g.most) && fault == nil {
 			n := ready[0]
 			ready = ready[1:]
 			if !g.startable(n) {
@@ -171,7 +171,11 @@ func (g *graph) buildNode(ctx context.Context, n *node, log LogSink) (*nixproto.
 	if err != nil {
 		return failed(nixproto.InputRejected, err), nil
 	}
-	j := &job{account: g.s.account(), drvPath: n.path, drv: drv, limits: g.limits, hash: n.hash,
+	set, err := g.b.policy(g.s, n.drv, g.sent)
+	if err != nil {
+		return failed(nixproto.InputRejected, err), nil
+	}
+	j := &job{account: g.s.account(), drvPath: n.path, drv: drv, set: set, sent: g.sent, hash: n.hash,
 		beforeSelfHash: g.s.beforeSelfHash}
 	if n.top {
 		j.mode = g.mode

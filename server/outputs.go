@@ -6,10 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"slices"
-	"strings"
-	"time"
 
 	"nbd/nixproto"
 	"nbd/nixproto/nar"
@@ -35,66 +32,59 @@ func rejectf(format string, args ...any) error {
 type settled struct {
 	name   string
 	info   nixproto.PathInfo
-	staged *producedOutput // nil if the path is valid already and stays as it is
+	staged *producedOutput
 }
 
 // finish turns what a run produced into valid outputs: it finds their final
 // paths and references, applies the derivation's checks, and registers them for
-// the account, all at once. In nixproto.BuildCheck it compares them instead. What is the
-// build's fault is an *outputError.
-func (b *Builds) finish(ctx context.Context, j *job, in *jobInputs, lease *store.Lease, a *attempt, p *produced) ([]store.BuildOutput, map[string]nixproto.StorePath, error) {
+// the owner of the attempt, all at once; their contents are held in the ending.
+// In nixproto.BuildCheck it compares them instead. What is the build's fault is
+// an *outputError.
+func (b *Builds) finish(ctx context.Context, a *attempt, p *produced) (*ending, error) {
+	j := a.job
 	if missing := p.missing(); len(missing) > 0 {
-		return nil, nil, rejectf("builder for '%s' failed to produce output '%s'", j.drvPath, missing[0])
+		return nil, rejectf("builder for '%s' failed to produce output '%s'", j.drvPath, missing[0])
 	}
 	outs, err := b.settle(ctx, j, p)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	kept, err := b.keptClosure(ctx, j, outs)
-	if err != nil {
-		return nil, nil, err
+	if err := checkOutputs(j, a.closure, outs); err != nil {
+		return nil, err
 	}
-	if err := checkOutputs(j, append(kept, in.closure...), outs); err != nil {
-		return nil, nil, err
-	}
-	paths := make(map[string]nixproto.StorePath, len(outs))
-	var recorded []store.BuildOutput
+	end := &ending{status: reuse.Built, drvPath: j.drvPath, paths: make(map[string]nixproto.StorePath, len(outs))}
+	results := make(map[string]store.ResultOutput, len(outs))
+	staged := make(map[string]*store.Staged, len(outs))
+	var hashes []nixproto.Hash
 	for _, out := range outs {
-		paths[out.name] = out.info.Path
-		recorded = append(recorded, store.BuildOutput{
-			Name: out.name, Path: out.info.Path, NarHash: out.info.NarHash, NarSize: out.info.NarSize,
-		})
-		lease.Add(out.info.Path)
+		info := &out.info
+		end.paths[out.name] = info.Path
+		results[out.name] = store.ResultOutput{Path: info.Path, NarHash: info.NarHash, NarSize: info.NarSize, References: info.References, CA: info.CA}
+		staged[out.name] = out.staged.staged
+		hashes = append(hashes, info.NarHash)
+		a.lease.Add(info.Path)
 	}
-	slices.SortFunc(recorded, func(a, b store.BuildOutput) int { return strings.Compare(a.Name, b.Name) })
-	if j.mode == nixproto.BuildCheck {
-		return recorded, paths, b.compare(ctx, j, outs)
+	end.outputs = recorded(results)
+	a.mu.Lock()
+	owner := a.owner
+	a.mu.Unlock()
+	switch j.mode {
+	case nixproto.BuildCheck:
+		return end, b.compare(ctx, owner.session, j, outs)
+	case nixproto.BuildRepair:
+		return end, b.replace(ctx, owner.session, j, results, staged)
 	}
-	if err := b.register(ctx, j, outs); err != nil {
-		return nil, nil, err
+	if end.hold, err = b.store.Hold(hashes...); err != nil {
+		return nil, err
 	}
-	if err := b.realise(ctx, j, paths); err != nil {
-		return nil, nil, err
+	end.results = results
+	// The bytes become the server's with the paths of one account; from then on
+	// they can be granted to others.
+	if err := b.registerOutputs(ctx, owner.session, owner.job, results, nil, staged); err != nil {
+		end.release()
+		return nil, err
 	}
-	if j.mode == nixproto.BuildNormal && len(kept) == 0 {
-		err = b.putResult(ctx, in.key, j, a.record.ID, outs)
-	}
-	return recorded, paths, err
-}
-
-// keptClosure returns the closure of those outputs that were valid before.
-// Where there are any, what the account has is no result of this run alone.
-func (b *Builds) keptClosure(ctx context.Context, j *job, outs []*settled) ([]nixproto.PathInfo, error) {
-	var kept []nixproto.StorePath
-	for _, out := range outs {
-		if out.staged == nil {
-			kept = append(kept, out.info.Path)
-		}
-	}
-	if len(kept) == 0 {
-		return nil, nil
-	}
-	return b.store.ClosureInfo(ctx, j.account, kept)
+	return end, nil
 }
 
 // settle finds the final path of each output, siblings that it refers to first.
@@ -126,14 +116,6 @@ func (b *Builds) settleOne(ctx context.Context, j *job, kind nixproto.Derivation
 	out := &settled{name: o.name, staged: o}
 	switch kind {
 	case nixproto.InputAddressed:
-		if j.mode == nixproto.BuildNormal {
-			info, err := b.store.Info(ctx, j.account, o.seen)
-			if err == nil { // it was there before the others; it stays as it is
-				return &settled{name: o.name, info: *info}, nil
-			} else if !errors.Is(err, store.ErrNotFound) {
-				return nil, err
-			}
-		}
 		out.info.Path = o.seen
 		out.info.References = o.references()
 	case nixproto.FixedOutput:
@@ -147,9 +129,6 @@ func (b *Builds) settleOne(ctx context.Context, j *job, kind nixproto.Derivation
 	}
 	slices.Sort(out.info.References)
 	out.info.NarHash, out.info.NarSize = o.staged.NarHash(), o.staged.NarSize()
-	out.info.Deriver = j.drvPath
-	out.info.RegistrationTime = time.Now().Unix()
-	out.info.Ultimate = true
 	return out, nil
 }
 
@@ -280,33 +259,17 @@ func copyRewritten(w io.Writer, r io.Reader, rewrites map[nixproto.StorePath]nix
 // use its buffer.
 type onlyWriter struct{ io.Writer }
 
-// register signs the outputs and makes them valid for the account.
-func (b *Builds) register(ctx context.Context, j *job, outs []*settled) error {
-	key, err := b.store.SigningKey(ctx, j.account)
-	if err != nil {
-		return err
-	}
-	var regs []store.Registration
-	for _, out := range outs {
-		if out.staged == nil {
-			continue
-		}
-		out.info.Sign(key)
-		regs = append(regs, store.Registration{Info: out.info, Staged: out.staged.staged})
-	}
-	if j.mode == nixproto.BuildRepair {
-		return b.replace(ctx, j, regs)
-	}
-	return b.store.Register(ctx, j.account, regs)
-}
-
 // replace makes outputs valid in place of damaged ones.
-func (b *Builds) replace(ctx context.Context, j *job, regs []store.Registration) error {
-	up, err := b.store.NewUpload(ctx, j.account, store.UploadOptions{Repair: true})
+func (b *Builds) replace(ctx context.Context, s *Session, j *job, outs map[string]store.ResultOutput, staged map[string]*store.Staged) error {
+	up, err := s.Sight.NewUpload(ctx, store.UploadOptions{Repair: true})
 	if err != nil {
 		return err
 	}
 	defer up.Abort()
+	regs, err := b.registrations(ctx, j, outs, nil, staged)
+	if err != nil {
+		return err
+	}
 	for _, r := range regs {
 		if err := up.Add(&r.Info, io.NewSectionReader(r.Staged, 0, int64(r.Info.NarSize))); err != nil {
 			return fmt.Errorf("replace %s: %w", r.Info.Path, err)
@@ -315,39 +278,10 @@ func (b *Builds) replace(ctx context.Context, j *job, regs []store.Registration)
 	return up.Commit()
 }
 
-// realise records which paths the outputs became, where that does not follow
-// from the derivation that the client knows.
-func (b *Builds) realise(ctx context.Context, j *job, paths map[string]nixproto.StorePath) error {
-	kind, err := j.drv.Kind()
-	if err != nil {
-		return err
-	}
-	if kind != nixproto.Floating && j.resolved.IsZero() {
-		return nil
-	}
-	key, err := b.store.SigningKey(ctx, j.account)
-	if err != nil {
-		return err
-	}
-	for _, hash := range []nixproto.Hash{j.hash, j.resolved} {
-		if hash.IsZero() {
-			continue
-		}
-		for _, name := range slices.Sorted(maps.Keys(paths)) {
-			r := nixproto.Realisation{DrvHash: hash, OutputName: name, OutPath: paths[name]}
-			r.Sign(key)
-			if err := b.store.AddRealisation(ctx, j.account, &r); err != nil {
-				return fmt.Errorf("record realisation %s: %w", r.ID(), err)
-			}
-		}
-	}
-	return nil
-}
-
 // compare says whether outputs are the same as those that are valid.
-func (b *Builds) compare(ctx context.Context, j *job, outs []*settled) error {
+func (b *Builds) compare(ctx context.Context, s *Session, j *job, outs []*settled) error {
 	for _, out := range outs {
-		info, err := b.store.Info(ctx, j.account, out.info.Path)
+		info, err := s.Sight.Info(ctx, out.info.Path)
 		if err != nil && !errors.Is(err, store.ErrNotFound) {
 			return err
 		}
@@ -360,9 +294,9 @@ func (b *Builds) compare(ctx context.Context, j *job, outs []*settled) error {
 }
 
 // intact reports whether the contents of paths are what was stored.
-func (b *Builds) intact(ctx context.Context, a store.AccountID, paths map[string]nixproto.StorePath) (bool, error) {
+func (b *Builds) intact(ctx context.Context, s *Session, paths map[string]nixproto.StorePath) (bool, error) {
 	for _, p := range paths {
-		info, err := b.store.Info(ctx, a, p)
+		info, err := s.Sight.Info(ctx, p)
 		if err != nil {
 			return false, err
 		}
@@ -390,16 +324,4 @@ func (b *Builds) blobIntact(ctx context.Context, info *nixproto.PathInfo) (bool,
 		return false, err
 	}
 	return uint64(n) == info.NarSize && nixproto.HashFromSum(nixproto.SHA256, h) == info.NarHash, nil
-}
-
-// putResult stores a success under its key; the first one stays.
-func (b *Builds) putResult(ctx context.Context, key reuse.Key, j *job, id store.BuildID, outs []*settled) error {
-	r := &store.Result{Build: id, Account: j.account, Time: time.Now(), Outputs: make(map[string]store.ResultOutput, len(outs))}
-	for _, out := range outs {
-		r.Outputs[out.name] = store.ResultOutput{
-			Path: out.info.Path, NarHash: out.info.NarHash, NarSize: out.info.NarSize,
-			References: out.info.References, CA: out.info.CA,
-		}
-	}
-	return b.store.EndBuild(ctx, nil, store.End{Key: key, Shared: true, Success: r})
 }

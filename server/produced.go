@@ -42,8 +42,9 @@ type producedOutput struct {
 	discard bool
 }
 
-// newProduced prepares for the outputs of j.
-func (b *Builds) newProduced(j *job, in *jobInputs) (*produced, error) {
+// newProduced prepares for the outputs of an attempt.
+func (b *Builds) newProduced(a *attempt) (*produced, error) {
+	j := a.job
 	attrs, err := attrsOf(j.drv)
 	if err != nil {
 		return nil, err
@@ -53,8 +54,8 @@ func (b *Builds) newProduced(j *job, in *jobInputs) (*produced, error) {
 		return nil, err
 	}
 	p := &produced{store: b.store, outs: make(map[string]*producedOutput, len(j.drv.Outputs)), entries: nar.DefaultEntries}
-	for i := range in.closure {
-		p.candidates = append(p.candidates, in.closure[i].Path)
+	for i := range a.closure {
+		p.candidates = append(p.candidates, a.closure[i].Path)
 	}
 	scratchDrv := j.drvPath
 	if j.scratchDrv != "" {
@@ -73,13 +74,14 @@ func (b *Builds) newProduced(j *job, in *jobInputs) (*produced, error) {
 	return p, nil
 }
 
-// spec is what the guest is given for j.
-func (p *produced) spec(b *Builds, j *job, in *jobInputs, a *attempt) *vm.Spec {
+// spec is what the guest is given.
+func (p *produced) spec(b *Builds, a *attempt) *vm.Spec {
+	j := a.job
 	spec := &vm.Spec{
-		BuildID:    fmt.Sprint(a.record.ID),
+		BuildID:    fmt.Sprint(a.logID),
 		DrvPath:    j.drvPath,
-		Inputs:     in.closure,
-		Cores:      b.cfg.CPUs,
+		Inputs:     a.closure,
+		Cores:      a.cpus,
 		MemoryMiB:  a.memoryMiB,
 		ScratchMiB: b.cfg.ScratchMiB,
 		Timeout:    a.limits.Timeout,

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 
 	"nbd/store"
 )
@@ -45,7 +46,9 @@ func (r *Room) sub(n Room) { r.add(Room{-n.Guests, -n.MemoryMiB, -n.CPUs}) }
 
 // A queue says who runs next. Of the accounts that wait, the one with the
 // fewest running builds is first, and of equal ones the one that waited longest
-// since it was served; within an account it is first come, first served.
+// since it was served; within an account it is first come, first served. A build
+// for which several accounts wait has its place with each of them and starts in
+// the best, with the most resources that one of them wants and that are free.
 // Methods are safe for concurrent use.
 type queue struct {
 	total Room // does not change
@@ -54,26 +57,53 @@ type queue struct {
 	free     Room
 	accounts map[store.AccountID]*queueAccount // those that wait or run
 	turn     uint64                            // counts starts and accounts that came
+	closing  chan struct{}                     // closed by close
 }
 
 // A queueAccount is one account's part of a queue; guarded by queue.mu.
 type queueAccount struct {
+	id      store.AccountID
 	waiting []*ticket
 	running int
 	came    uint64 // the queue's turn when it came
 	served  uint64 // the queue's turn when a build of it last started; 0 before
 }
 
+// A want is what the guest of a build would take for one request that waits.
+type want struct {
+	account   store.AccountID
+	build     store.BuildID // the request's
+	need      Room
+	memoryMiB int // of the guest
+}
+
 // A ticket is one build that waits.
 type ticket struct {
-	need    Room
+	since   time.Time
 	granted chan struct{} // closed when it may run
 	place   chan queuePlace
 
 	// Guarded by queue.mu:
+	wants   []want // those that can ever fit, the largest first; of an account each build once
+	got     want   // set with granted
 	passed  int
 	told    queuePlace
 	hasTold bool
+}
+
+// fits returns the largest want that fits into free room.
+func (t *ticket) fits(free Room) (want, bool) {
+	for _, w := range t.wants {
+		if free.lacks(w.need) == "" {
+			return w, true
+		}
+	}
+	return want{}, false
+}
+
+// waitsFor reports whether an account waits for the build.
+func (t *ticket) waitsFor(a store.AccountID) bool {
+	return slices.ContainsFunc(t.wants, func(w want) bool { return w.account == a })
 }
 
 // A queuePlace is where a build stands in the queue.
@@ -93,7 +123,18 @@ func (p queuePlace) String() string {
 }
 
 func newQueue(total Room) *queue {
-	return &queue{total: total, free: total, accounts: make(map[store.AccountID]*queueAccount)}
+	return &queue{total: total, free: total, accounts: make(map[store.AccountID]*queueAccount), closing: make(chan struct{})}
+}
+
+// close ends the waiting of all builds, and of those that come.
+func (q *queue) close() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	select {
+	case <-q.closing:
+	default:
+		close(q.closing)
+	}
 }
 
 // errTooLarge says that a build needs more than the whole machine has.
@@ -108,89 +149,163 @@ func (e *errTooLarge) Error() string {
 }
 
 // acquire waits until there is room for a build and takes it; release gives it
-// back and must be called once. It calls waits, in its own goroutine, with its
-// place in the queue when it has to wait, and again when the place has become
-// half of the last one told. Its error is ctx's cause or *errTooLarge.
-func (q *queue) acquire(ctx context.Context, a store.AccountID, need Room, waits func(queuePlace)) (release func(), err error) {
-	need.Guests = 1
-	if lacks := q.total.lacks(need); lacks != "" {
-		return nil, &errTooLarge{lacks, need, q.total}
+// back and must be called once. Wants says who waits for the build, and returns
+// a channel that is closed when that changes. Acquire calls waits, in its own
+// goroutine, with its place in the queue when it has to wait, and again when the
+// place has become half of the last one told. Its error is ctx's cause,
+// *errTooLarge, or errEnding after close.
+func (q *queue) acquire(ctx context.Context, wants func() ([]want, <-chan struct{}), waits func(queuePlace)) (got want, release func(), err error) {
+	t := &ticket{since: time.Now(), granted: make(chan struct{}), place: make(chan queuePlace, 1)}
+	for {
+		list, changed := wants()
+		if err := q.update(t, list); err != nil {
+			q.leave(t)
+			return want{}, nil, err
+		}
+	same:
+		for {
+			select {
+			case <-t.granted:
+				got := t.got
+				return got, sync.OnceFunc(func() { q.release(got) }), nil
+			default:
+			}
+			select {
+			case <-t.granted:
+			case p := <-t.place:
+				waits(p)
+			case <-changed:
+				break same
+			case <-q.closing:
+				if q.leave(t) {
+					return want{}, nil, errEnding
+				}
+			case <-ctx.Done():
+				q.leave(t)
+				if got := t.got; got.account != 0 {
+					q.release(got)
+				}
+				return want{}, nil, context.Cause(ctx)
+			}
+		}
 	}
-	t := &ticket{need: need, granted: make(chan struct{}), place: make(chan queuePlace, 1)}
+}
+
+// update says who waits for the build of a ticket now.
+func (q *queue) update(t *ticket, list []want) error {
 	q.mu.Lock()
+	defer q.mu.Unlock()
+	select {
+	case <-t.granted:
+		return nil
+	case <-q.closing:
+		return errEnding
+	default:
+	}
+	var never *errTooLarge
+	before := t.wants
+	t.wants = nil
+	for _, w := range list {
+		if lacks := q.total.lacks(w.need); lacks != "" {
+			never = &errTooLarge{lacks, w.need, q.total}
+			continue
+		}
+		t.wants = append(t.wants, w)
+	}
+	if len(t.wants) == 0 && never != nil {
+		t.wants = before // for leave
+		return never
+	}
+	slices.SortStableFunc(t.wants, func(a, b want) int {
+		return cmp.Or(cmp.Compare(b.need.MemoryMiB, a.need.MemoryMiB), cmp.Compare(b.need.CPUs, a.need.CPUs))
+	})
+	for _, w := range before {
+		if !t.waitsFor(w.account) {
+			q.withdrawLocked(t, w.account)
+		}
+	}
+	for _, w := range t.wants {
+		acct := q.accounts[w.account]
+		if acct == nil {
+			q.turn++
+			acct = &queueAccount{id: w.account, came: q.turn}
+			q.accounts[w.account] = acct
+		}
+		if !slices.Contains(acct.waiting, t) {
+			acct.waiting = append(acct.waiting, t)
+		}
+	}
+	q.dispatchLocked()
+	return nil
+}
+
+// withdrawLocked takes a ticket out of what an account waits for.
+func (q *queue) withdrawLocked(t *ticket, a store.AccountID) {
 	acct := q.accounts[a]
 	if acct == nil {
-		q.turn++
-		acct = &queueAccount{came: q.turn}
-		q.accounts[a] = acct
+		return
 	}
-	acct.waiting = append(acct.waiting, t)
-	q.dispatchLocked()
-	q.mu.Unlock()
-
-	for {
-		select {
-		case <-t.granted:
-			return sync.OnceFunc(func() { q.release(a, need) }), nil
-		default:
-		}
-		select {
-		case <-t.granted:
-		case p := <-t.place:
-			waits(p)
-		case <-ctx.Done():
-			q.leave(a, t)
-			return nil, context.Cause(ctx)
-		}
-	}
-}
-
-// leave withdraws a ticket, which may have been granted meanwhile.
-func (q *queue) leave(a store.AccountID, t *ticket) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	acct := q.accounts[a]
 	if i := slices.Index(acct.waiting, t); i >= 0 {
 		acct.waiting = slices.Delete(acct.waiting, i, i+1)
-	} else {
-		q.free.add(t.need)
-		acct.running--
 	}
 	q.forgetLocked(a)
-	q.dispatchLocked()
 }
 
-func (q *queue) release(a store.AccountID, need Room) {
+// leave withdraws a ticket; false if it was granted meanwhile.
+func (q *queue) leave(t *ticket) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.free.add(need)
-	q.accounts[a].running--
-	q.forgetLocked(a)
+	if t.got.account != 0 {
+		return false
+	}
+	for _, w := range t.wants {
+		q.withdrawLocked(t, w.account)
+	}
+	t.wants = nil
+	q.dispatchLocked()
+	return true
+}
+
+func (q *queue) release(got want) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.free.add(got.need)
+	q.accounts[got.account].running--
+	q.forgetLocked(got.account)
 	q.dispatchLocked()
 }
 
 // forgetLocked drops an account that neither waits nor runs.
 func (q *queue) forgetLocked(a store.AccountID) {
-	if acct := q.accounts[a]; acct.running == 0 && len(acct.waiting) == 0 {
+	if acct := q.accounts[a]; acct != nil && acct.running == 0 && len(acct.waiting) == 0 {
 		delete(q.accounts, a)
 	}
 }
 
 // dispatchLocked starts whatever fits, and tells the others their place.
 func (q *queue) dispatchLocked() {
+	select {
+	case <-q.closing:
+		return
+	default:
+	}
 	for {
 		order := q.orderLocked()
-		next := q.nextLocked(order)
+		next, got := q.nextLocked(order)
 		if next == nil {
 			q.tellLocked(order)
 			return
 		}
 		t := next.waiting[0]
-		next.waiting = slices.Delete(next.waiting, 0, 1)
+		got.account = next.id // whose turn it was, whoever wants as much
+		t.got = got
 		next.running++
 		q.turn++
 		next.served = q.turn
-		q.free.sub(t.need)
+		q.free.sub(got.need)
+		for _, w := range t.wants {
+			q.withdrawLocked(t, w.account)
+		}
 		close(t.granted)
 	}
 }
@@ -209,25 +324,27 @@ func (q *queue) orderLocked() []*queueAccount {
 	return order
 }
 
-// nextLocked returns the first account whose first build fits. Builds that do
-// not fit are passed by it, each a few times only.
-func (q *queue) nextLocked(order []*queueAccount) *queueAccount {
+// nextLocked returns the first account whose first build fits, and what that is
+// given. Builds that do not fit are passed by it, each a few times only.
+func (q *queue) nextLocked(order []*queueAccount) (*queueAccount, want) {
 	for i, a := range order {
-		if q.free.lacks(a.waiting[0].need) == "" {
+		if got, ok := a.waiting[0].fits(q.free); ok {
 			for _, passed := range order[:i] {
 				passed.waiting[0].passed++
 			}
-			return a
+			return a, got
 		}
 		if a.waiting[0].passed >= maxPassed {
-			return nil
+			return nil, want{}
 		}
 	}
-	return nil
+	return nil, want{}
 }
 
-// tellLocked tells those who wait their place, when it is new or has halved.
-func (q *queue) tellLocked(order []*queueAccount) {
+// placesLocked returns the place of each build that waits: the best of those
+// that it has with its accounts.
+func (q *queue) placesLocked(order []*queueAccount) map[*ticket]queuePlace {
+	places := make(map[*ticket]queuePlace)
 	for i, a := range order {
 		for n, t := range a.waiting {
 			// Accounts take turns: before the n-th of this one go n+1 of those
@@ -240,25 +357,61 @@ func (q *queue) tellLocked(order []*queueAccount) {
 					ahead += min(len(other.waiting), n)
 				}
 			}
-			if t.hasTold && ahead > t.told.ahead/2 {
+			if p, ok := places[t]; ok && p.ahead <= ahead {
 				continue
 			}
-			lacks := q.free.lacks(t.need)
-			if lacks == "" {
-				lacks = "guests" // it waits for one that is before it
+			lacks := "guests" // it waits for one that is before it
+			if len(t.wants) > 0 {
+				if l := q.free.lacks(t.wants[len(t.wants)-1].need); l != "" {
+					lacks = l
+				}
 			}
-			p := queuePlace{ahead, lacks}
-			if t.hasTold && t.told == p {
-				continue
-			}
-			t.told, t.hasTold = p, true
-			select {
-			case <-t.place: // it was not read: overtaken
-			default:
-			}
-			t.place <- p
+			places[t] = queuePlace{ahead, lacks}
 		}
 	}
+	return places
+}
+
+// tellLocked tells those who wait their place, when it is new or has halved.
+func (q *queue) tellLocked(order []*queueAccount) {
+	for t, p := range q.placesLocked(order) {
+		if t.hasTold && (p.ahead > t.told.ahead/2 || p == t.told) {
+			continue
+		}
+		t.told, t.hasTold = p, true
+		select {
+		case <-t.place: // it was not read: overtaken
+		default:
+		}
+		t.place <- p
+	}
+}
+
+// A QueuedBuild is a request whose build waits in the queue.
+type QueuedBuild struct {
+	Build   store.BuildID
+	Account store.AccountID
+	Since   time.Time
+	// Ahead is how many builds start before it; Lacks what there is not enough
+	// of: "guests", "memory" or "CPUs".
+	Ahead int
+	Lacks string
+}
+
+// waiting returns the requests whose builds wait, those that start first first.
+func (q *queue) waiting() []QueuedBuild {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	var list []QueuedBuild
+	for t, p := range q.placesLocked(q.orderLocked()) {
+		for _, w := range t.wants {
+			list = append(list, QueuedBuild{w.build, w.account, t.since, p.ahead, p.lacks})
+		}
+	}
+	slices.SortFunc(list, func(a, b QueuedBuild) int {
+		return cmp.Or(cmp.Compare(a.Ahead, b.Ahead), cmp.Compare(a.Build, b.Build))
+	})
+	return list
 }
 
 // A QueueStatus tells what runs and what waits now.
@@ -273,9 +426,13 @@ func (q *queue) status() QueueStatus {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	s := QueueStatus{Total: q.total, Free: q.free}
+	waiting := make(map[*ticket]bool)
 	for _, a := range q.accounts {
 		s.Running += a.running
-		s.Waiting += len(a.waiting)
+		for _, t := range a.waiting {
+			waiting[t] = true
+		}
 	}
+	s.Waiting = len(waiting)
 	return s
 }

@@ -32,7 +32,7 @@ func newQueueTest(t *testing.T, total Room) *queueTest {
 // ask asks for a turn and returns when the queue has decided for now.
 func (qt *queueTest) ask(ctx context.Context, name string, a store.AccountID, need Room) {
 	qt.wg.Go(func() {
-		release, err := qt.q.acquire(ctx, a, need, func(p queuePlace) {
+		_, release, err := qt.q.acquire(ctx, one(a, need), func(p queuePlace) {
 			qt.mu.Lock()
 			qt.places[name] = append(qt.places[name], p.String())
 			qt.mu.Unlock()
@@ -47,6 +47,12 @@ func (qt *queueTest) ask(ctx context.Context, name string, a store.AccountID, ne
 		qt.release[name] = release
 	})
 	synctest.Wait()
+}
+
+// one is what acquire asks for if one account waits.
+func one(a store.AccountID, need Room) func() ([]want, <-chan struct{}) {
+	need.Guests = 1
+	return func() ([]want, <-chan struct{}) { return []want{{account: a, need: need}}, nil }
 }
 
 func (qt *queueTest) end(name string) {
@@ -136,7 +142,7 @@ func TestQueueBounds(t *testing.T) {
 
 func TestQueueRefusesWhatNeverFits(t *testing.T) {
 	q := newQueue(Room{Guests: 1, MemoryMiB: 10, CPUs: 10})
-	_, err := q.acquire(t.Context(), 1, Room{MemoryMiB: 11}, nil)
+	_, _, err := q.acquire(t.Context(), one(1, Room{MemoryMiB: 11}), nil)
 	var large *errTooLarge
 	if !errors.As(err, &large) || large.lacks != "memory" {
 		t.Errorf("error %v", err)

@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"slices"
 	"strings"
+	"sync"
+	"syscall"
 	"time"
 
 	"nbd/nixproto"
@@ -16,11 +19,12 @@ import (
 
 // The life of a flight, from its start to its end, is in this file; wait.go is
 // the other side of it. A flight makes attempts until one ends in a way that
-// another attempt would not change.
+// another attempt would not change. Its record is that of the request that owns
+// the attempt (request.go).
 //
-//	record (pending) ─▶ queue ─▶ record (running), log ─▶ guest ─▶ outputs ─▶ record (end)
-//	      ▲                                                 │
-//	      └────── transient, or more memory may help ◀──────┘
+//	queue ─▶ record (running), log ─▶ guest ─▶ outputs ─▶ record and end, durable together
+//	  ▲                                 │
+//	  └── transient, or more memory may help
 
 type (
 	flight = reuse.Flight[*request, flightEvent, *ending]
@@ -34,24 +38,48 @@ type flightEvent struct {
 	note    string   // a line for the client, outside the log
 }
 
-// An ending is how a flight ended. It does not change.
+// An ending is how a request ended, or the flight that many waited for. It does
+// not change once it was told.
 type ending struct {
 	status  reuse.Status
 	code    nixproto.BuildStatus
 	message string // for the client; empty on success
+	// drvPath is what message calls the derivation.
+	drvPath nixproto.StorePath
 	// hopeless says that the same would happen again at once.
 	hopeless bool
-	// limits are those that it ran under.
-	limits Limits
+	// again says that nothing was run, because what was looked up before is not
+	// so any more: each has to look again.
+	again bool
 	// paths are those of all outputs, after a success.
 	paths map[string]nixproto.StorePath
+	// results are the outputs with their contents, to be granted to each that
+	// waited, and hold keeps the contents until then.
+	results map[string]store.ResultOutput
+	hold    *store.Hold
+	outputs []store.BuildOutput // for records
 	// result tells of the run; zero if none came so far.
 	result vm.Result
+	// build is the run, of account, and log has its log.
+	build   store.BuildID
+	account store.AccountID
+	log     store.BuildID
+	// crashed says that the builder died as on a faulty processor.
+	crashed bool
+	// kind and after are those of a timeout.
+	kind  string
+	after time.Duration
 }
+
+// release gives back what an ending holds, when nobody waits any more.
+func (e *ending) release() { e.hold.Release() }
 
 // answer is the result for a client that asked for j.
 func (e *ending) answer(j *job) *nixproto.BuildResult {
 	r := &nixproto.BuildResult{Status: e.code, Error: e.message}
+	if e.message != "" && e.drvPath != j.drvPath && e.drvPath != "" {
+		r.Error = strings.ReplaceAll(e.message, string(e.drvPath), string(j.drvPath))
+	}
 	if e.status == reuse.Built {
 		r.Outputs = builtOutputs(j.hash, e.paths)
 	}
@@ -64,108 +92,176 @@ func (e *ending) answer(j *job) *nixproto.BuildResult {
 	return r
 }
 
-// otherLimit reports whether the run ended by a limit that l does not have.
-func (e *ending) otherLimit(l Limits) bool {
-	switch e.status {
-	case reuse.Timeout:
-		return stricter(e.limits.Timeout, l.Timeout) || stricter(e.limits.MaxSilent, l.MaxSilent)
-	case reuse.LogLimit:
-		return stricter(e.limits.MaxLogSize, l.MaxLogSize)
+// run is the goroutine of a flight that the request r started.
+func (b *Builds) run(f *flight, r *request, in *jobInputs, lease *store.Lease) *ending {
+	j := r.job
+	closure, again, err := b.ready(f.Context(), r, in)
+	switch {
+	case err != nil && f.Context().Err() != nil:
+		return b.cancelled(f.Context(), j)
+	case err != nil:
+		return b.broken(j, "look again", err)
+	case again:
+		return &ending{again: true}
 	}
-	return false
-}
-
-// run is the goroutine of a flight.
-func (b *Builds) run(f *flight, j *job, in *jobInputs) *ending {
-	lease := b.store.NewLease(j.account)
-	defer lease.Release()
-	lease.Add(j.drv.InputSrcs...)
-	lease.Add(staticOutputs(j.drv)...)
-
-	a := &attempt{limits: j.limits, memoryMiB: b.cfg.MemoryMiB}
+	a := &attempt{job: j, key: in.key, closure: closure, lease: lease, limits: b.cfg.Limits}
 	for transient := 0; ; {
-		end := b.attempt(f, j, in, lease, a)
+		end := b.attempt(f, a)
 		if !end.status.Retried() || end.hopeless || f.Context().Err() != nil {
 			return end
 		}
-		next := &attempt{limits: j.limits, memoryMiB: a.memoryMiB, before: a.record}
+		next := &attempt{job: j, key: in.key, closure: closure, lease: lease, limits: a.limits, memoryMiB: a.memoryMiB, before: a}
 		if end.status == reuse.OutOfMemory {
-			next.memoryMiB = min(2*a.memoryMiB, b.cfg.MaxMemoryMiB)
+			next.memoryMiB = min(2*a.memoryMiB, b.ceiling(f))
 			f.Tell(flightEvent{note: fmt.Sprintf("%s; trying again with %d MiB", end.message, next.memoryMiB)})
 		} else {
-			if transient++; transient > b.cfg.Retries {
+			restarts := restartsOf(f)
+			if transient++; transient > restarts {
 				return end
 			}
-			f.Tell(flightEvent{note: fmt.Sprintf("%s; trying again (%d of %d)", end.message, transient, b.cfg.Retries)})
+			f.Tell(flightEvent{note: fmt.Sprintf("%s; trying again (%d of %d)", end.message, transient, restarts)})
 		}
 		a = next
 	}
 }
 
+// ready returns the closure of a flight's inputs; again says that an identical
+// build ended just before this flight began, or that the inputs are others now.
+func (b *Builds) ready(ctx context.Context, r *request, in *jobInputs) (closure []nixproto.PathInfo, again bool, err error) {
+	j := r.job
+	stored, err := b.findStored(ctx, r.session, j, in.key, func(string, bool, string) {})
+	if err != nil {
+		return nil, false, err
+	}
+	if stored != nil {
+		stored.close()
+		return nil, true, nil
+	}
+	if closure, err = r.session.Sight.ClosureInfo(ctx, j.drv.InputSrcs); err != nil {
+		return nil, false, err
+	}
+	infos := make([]*nixproto.PathInfo, len(closure))
+	for i := range closure {
+		infos[i] = &closure[i]
+	}
+	// What is built and stored under the key must be what the key is of, even
+	// if an upload put another content in place of a lent one meanwhile.
+	key, err := j.keyOf(reuse.NewKey(j.drv, infos))
+	return closure, key != in.key, err
+}
+
+// ceiling is the most memory that somebody who waits allows, in MiB.
+func (b *Builds) ceiling(f *flight) int {
+	most := 0
+	members, _ := f.Members()
+	for _, m := range members {
+		most = max(most, m.job.set.maxMemoryMiB)
+	}
+	return most
+}
+
+// restartsOf is how often somebody who waits wants transient ends tried again.
+func restartsOf(f *flight) int {
+	most := 0
+	members, _ := f.Members()
+	for _, m := range members {
+		most = max(most, m.job.set.restarts)
+	}
+	return most
+}
+
 // An attempt is one run of a flight's build.
 type attempt struct {
-	limits    Limits
-	memoryMiB int
-	before    *store.Build // record of the attempt that this one repeats; nil if it is the first
-	record    *store.Build
-	log       *runLog
+	job     *job // of the request that started the flight
+	key     reuse.Key
+	closure []nixproto.PathInfo // of the inputs
+	lease   *store.Lease        // on inputs and outputs
+	limits  Limits              // that the guest itself watches
+	before  *attempt            // that this one repeats; nil if it is the first
+
+	// Set when it leaves the queue; memoryMiB is the least before.
+	memoryMiB, cpus int
+	log             *runLog
+	logID           store.BuildID
+
+	mu    sync.Mutex // guards what follows; taken before request.mu
+	owner *request   // whose record it has
+	ended bool       // the record is written
 }
 
 // attempt makes one attempt and leaves a record of it.
-func (b *Builds) attempt(f *flight, j *job, in *jobInputs, lease *store.Lease, a *attempt) *ending {
-	ctx := f.Context()
-	if err := b.newRecord(ctx, j, in, a); err != nil {
+func (b *Builds) attempt(f *flight, a *attempt) *ending {
+	ctx, j := f.Context(), a.job
+	if err := b.giveOwner(f, a); err != nil {
 		return b.broken(j, "record the build", err)
 	}
-	release, err := b.queue.acquire(ctx, j.account, b.need(a), func(p queuePlace) {
+	got, release, err := b.queue.acquire(ctx, b.wants(f, a.memoryMiB), func(p queuePlace) {
+		b.queuedRecord(a)
 		f.Tell(flightEvent{place: p.String()})
 	})
 	var end *ending
-	var outputs []store.BuildOutput
 	if err != nil {
 		end = b.unqueued(ctx, j, err)
 	} else {
-		end, outputs = b.runGuest(f, j, in, lease, a)
+		a.memoryMiB, a.cpus = got.memoryMiB, got.need.CPUs
+		end = b.runGuest(f, a)
 		release()
 	}
-	end.limits = a.limits
-	if err := b.endRecord(a, end, outputs); err != nil {
+	if err := b.endRecord(a, end); err != nil {
+		end.release()
 		return b.broken(j, "record the build", err)
 	}
-	b.cfg.Logger.Info("build ended", "build", a.record.ID, "account", j.account, "drv", j.drvPath,
-		"status", end.status, "time", a.record.Stopped.Sub(a.record.Created).Round(time.Millisecond), "error", a.record.Error)
 	return end
 }
 
-// need is what the guest of an attempt takes of the machine.
-func (b *Builds) need(a *attempt) Room {
-	return Room{MemoryMiB: vm.MemoryCostMiB(a.memoryMiB), CPUs: b.cfg.CPUs}
+// wants returns what the guest of a flight would take of the machine for each
+// that waits, and a channel that is closed when others do.
+func (b *Builds) wants(f *flight, leastMiB int) func() ([]want, <-chan struct{}) {
+	return func() (list []want, changed <-chan struct{}) {
+		members, changed := f.Members()
+		for _, m := range members {
+			memory := min(max(leastMiB, m.job.set.memoryMiB), b.cfg.MaxMemoryMiB)
+			list = append(list, want{account: m.job.account, build: m.id(), memoryMiB: memory,
+				need: Room{Guests: 1, MemoryMiB: vm.MemoryCostMiB(memory), CPUs: m.job.set.cpus}})
+		}
+		return list, changed
+	}
 }
 
 // unqueued is the end of a build that never got its turn.
 func (b *Builds) unqueued(ctx context.Context, j *job, err error) *ending {
 	var large *errTooLarge
-	if errors.As(err, &large) {
-		return &ending{status: reuse.ClientError, code: nixproto.MiscFailure, message: fmt.Sprintf("cannot build '%s': %v", j.drvPath, err)}
+	switch {
+	case errors.As(err, &large):
+		return &ending{status: reuse.ClientError, code: nixproto.MiscFailure, drvPath: j.drvPath, message: fmt.Sprintf("cannot build '%s': %v", j.drvPath, err)}
+	case errors.Is(err, errEnding):
+		return shuttingDown(j)
 	}
 	return b.cancelled(ctx, j)
 }
 
+// shuttingDown is the end of a build that the server's end prevents.
+func shuttingDown(j *job) *ending {
+	return &ending{status: reuse.InternalError, code: nixproto.TransientFailure, hopeless: true, drvPath: j.drvPath,
+		message: fmt.Sprintf("cannot build '%s': %v", j.drvPath, reuse.ErrClosed)}
+}
+
 // runGuest runs the builder, registers its outputs and says how that ended. A
 // defect of ours that panics ends this build alone.
-func (b *Builds) runGuest(f *flight, j *job, in *jobInputs, lease *store.Lease, a *attempt) (end *ending, outputs []store.BuildOutput) {
+func (b *Builds) runGuest(f *flight, a *attempt) (end *ending) {
+	j := a.job
 	defer func() {
 		if p := recover(); p != nil {
 			end = b.broken(j, "build", fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
 		}
 	}()
 	ctx := f.Context()
-	if err := b.startRecord(ctx, a); err != nil {
-		return b.broken(j, "record the build", err), nil
+	if err := b.startRecord(a); err != nil {
+		return b.broken(j, "record the build", err)
 	}
-	file, err := b.store.CreateBuildLog(ctx, a.record.ID)
+	file, err := b.store.CreateBuildLog(ctx, a.logID)
 	if err != nil {
-		return b.broken(j, "create the log", err), nil
+		return b.broken(j, "create the log", err)
 	}
 	a.log = newRunLog(file, time.Now())
 	defer a.log.Close() // it is closed below; here after a panic
@@ -174,36 +270,42 @@ func (b *Builds) runGuest(f *flight, j *job, in *jobInputs, lease *store.Lease, 
 	}
 	f.Tell(flightEvent{attempt: a})
 
-	produced, err := b.newProduced(j, in)
+	produced, err := b.newProduced(a)
 	if err != nil {
-		return b.broken(j, "prepare outputs", err), nil
+		return b.broken(j, "prepare outputs", err)
 	}
 	defer produced.discard()
-	result, err := b.cfg.Runner.Run(ctx, produced.spec(b, j, in, a), a.log, produced)
+	result, err := b.cfg.Runner.Run(ctx, produced.spec(b, a), a.log, produced)
+	ran := time.Since(a.log.started)
 	// Compressing the log takes as long as registering outputs does. Those who
 	// follow it come to its end at once.
 	closed := make(chan error, 1)
 	go func() { closed <- a.log.Close() }()
-	var paths map[string]nixproto.StorePath
 	if err == nil {
-		outputs, paths, err = b.finish(ctx, j, in, lease, a, produced)
+		end, err = b.finish(ctx, a, produced)
 	}
-	if logErr := <-closed; logErr != nil {
+	logErr := <-closed
+	if logErr != nil {
 		// What the builder made is right without its log.
-		b.cfg.Logger.Error("cannot keep the log of a build", "build", a.record.ID, "err", logErr)
+		b.cfg.Logger.Error("cannot keep the log of a build", "build", a.logID, "err", logErr)
 	}
 	if err != nil {
-		end = b.failedRun(ctx, j, a, err)
-		if result != nil {
-			end.result = *result
-		}
-		return end, nil
+		end = b.failedRun(f, a, err, ran)
+	} else {
+		end.code = nixproto.Built
 	}
-	return &ending{status: reuse.Built, code: nixproto.Built, paths: paths, result: *result}, outputs
+	if result != nil {
+		end.result = *result
+	}
+	if logErr == nil {
+		end.log = a.logID
+	}
+	return end
 }
 
 // failedRun is the end of a run that brought no outputs.
-func (b *Builds) failedRun(ctx context.Context, j *job, a *attempt, err error) *ending {
+func (b *Builds) failedRun(f *flight, a *attempt, err error, ran time.Duration) *ending {
+	ctx, j := f.Context(), a.job
 	var build *vm.BuildError
 	var output *outputError
 	var spec *vm.SpecError
@@ -211,26 +313,29 @@ func (b *Builds) failedRun(ctx context.Context, j *job, a *attempt, err error) *
 	case ctx.Err() != nil:
 		return b.cancelled(ctx, j)
 	case errors.As(err, &output):
-		return &ending{status: reuse.BuildFailed, code: output.code, message: printable(output.msg)}
+		return &ending{status: reuse.BuildFailed, code: output.code, drvPath: j.drvPath, message: printable(output.msg)}
 	case errors.As(err, &build):
-		return b.failedBuilder(j, a, build)
+		return b.failedBuilder(f, a, build, ran)
 	case errors.As(err, &spec):
-		return &ending{status: reuse.ClientError, code: nixproto.InputRejected,
+		return &ending{status: reuse.ClientError, code: nixproto.InputRejected, drvPath: j.drvPath,
 			message: fmt.Sprintf("cannot build '%s': %s", j.drvPath, printable(spec.Message))}
 	}
 	return b.broken(j, "run the build", err)
 }
 
 // failedBuilder is the end of a run whose builder failed.
-func (b *Builds) failedBuilder(j *job, a *attempt, err *vm.BuildError) *ending {
-	end := &ending{status: reuse.BuildFailed, code: nixproto.PermanentFailure, result: err.Result}
+func (b *Builds) failedBuilder(f *flight, a *attempt, err *vm.BuildError, ran time.Duration) *ending {
+	j := a.job
+	end := &ending{status: reuse.BuildFailed, code: nixproto.PermanentFailure, drvPath: j.drvPath, result: err.Result, crashed: crashed(err)}
 	switch err.Kind {
 	case vm.TimedOut:
 		end.status, end.code = reuse.Timeout, nixproto.TimedOut
 		end.message = timedOut(j.drvPath, a.limits)
+		end.kind, end.after = store.TimeoutRun, ran
 	case vm.Silent:
 		end.status, end.code = reuse.Timeout, nixproto.TimedOut
 		end.message = timedOutSilent(j.drvPath, a.limits)
+		end.kind, end.after = store.TimeoutSilent, a.limits.MaxSilent
 	case vm.LogLimit:
 		end.status, end.code = reuse.LogLimit, nixproto.LogLimitExceeded
 		end.message = logTooLong(j.drvPath, a.limits)
@@ -238,7 +343,7 @@ func (b *Builds) failedBuilder(j *job, a *attempt, err *vm.BuildError) *ending {
 		end.status = reuse.OutOfMemory
 		end.code = nixproto.MiscFailure
 		end.message = fmt.Sprintf("builder for '%s' failed: %s", j.drvPath, printable(err.Message))
-		if err.Kind != vm.OutOfMemory || a.memoryMiB >= b.cfg.MaxMemoryMiB {
+		if err.Kind != vm.OutOfMemory || a.memoryMiB >= b.ceiling(f) {
 			end.status = reuse.MaxMemoryExceeded // more memory would not help
 		}
 	case vm.OutputMissing, vm.OutputRefused:
@@ -253,14 +358,25 @@ func (b *Builds) failedBuilder(j *job, a *attempt, err *vm.BuildError) *ending {
 // cancelled is the end of a flight whose context ended.
 func (b *Builds) cancelled(ctx context.Context, j *job) *ending {
 	var limit *limitReached
+	var byHand *cancelled
 	switch cause := context.Cause(ctx); {
 	case errors.As(cause, &limit):
 		return limit.ending()
+	case errors.As(cause, &byHand):
+		return byHand.ending(j.drvPath)
 	case errors.Is(cause, reuse.ErrAbandoned):
-		return &ending{status: reuse.ClientDisconnect, code: nixproto.MiscFailure, message: "nobody waited for '" + string(j.drvPath) + "' any more"}
+		return &ending{status: reuse.ClientDisconnect, code: nixproto.MiscFailure, drvPath: j.drvPath, message: abandoned(j)}
 	}
-	return &ending{status: reuse.InternalError, code: nixproto.TransientFailure,
-		message: fmt.Sprintf("cannot build '%s': %v", j.drvPath, reuse.ErrClosed)}
+	return shuttingDown(j)
+}
+
+func abandoned(j *job) string { return "nobody waited for '" + string(j.drvPath) + "' any more" }
+
+// crashed reports whether a builder died, or the shell that ran it says that
+// something died, by a signal that an emulated processor may have caused.
+func crashed(err *vm.BuildError) bool {
+	signals := []int{int(syscall.SIGSEGV), int(syscall.SIGILL), int(syscall.SIGBUS)}
+	return slices.Contains(signals, err.Signal) || slices.Contains(signals, err.ExitStatus-128)
 }
 
 // broken is the end of a run that our own machinery spoiled. What went wrong is
@@ -268,7 +384,7 @@ func (b *Builds) cancelled(ctx context.Context, j *job) *ending {
 func (b *Builds) broken(j *job, what string, err error) *ending {
 	b.cfg.Logger.Error("build broke", "account", j.account, "drv", j.drvPath, "while", what, "error", err)
 	var missing *vm.MissingError
-	end := &ending{status: reuse.InternalError, code: nixproto.TransientFailure,
+	end := &ending{status: reuse.InternalError, code: nixproto.TransientFailure, drvPath: j.drvPath,
 		message: fmt.Sprintf("the server could not build '%s': an internal error, not the builder's fault", j.drvPath)}
 	switch {
 	case errors.As(err, &missing):

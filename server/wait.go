@@ -3,20 +3,19 @@ package server
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"time"
 
 	"nbd/nixproto"
 	"nbd/reuse"
+	"nbd/store"
 )
 
 // wait shows a flight to one who waits for it, from its beginning, and returns
-// its end. Limits that are stricter than those the flight runs under end the
-// waiting alone, unless nobody else waits.
-func (b *Builds) wait(ctx context.Context, w *waiter, j *job, started bool, sink LogSink) (end *ending, err error) {
-	var why error // of leaving
-	defer func() { w.Leave(why) }()
+// its end. Why is set if the request ended by itself: by a limit of its own, or
+// cancelled. The run goes on then while others wait.
+func (b *Builds) wait(ctx context.Context, w *waiter, r *request, sink LogSink) (end *ending, why, err error) {
+	j := r.job
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 
@@ -26,26 +25,24 @@ func (b *Builds) wait(ctx context.Context, w *waiter, j *job, started bool, sink
 		stop()
 		stop = sink.StartWait(j.drvPath, text)
 	}
-	if !started {
-		sink.Note(fmt.Sprintf("'%s' is being built already; waiting for that", j.drvPath))
-	}
 	for {
 		event, end, ok, err := w.Next(ctx)
 		if err == nil && event.attempt != nil {
 			stop()
 			stop = func() {}
-			err = b.follow(ctx, cancel, event.attempt, j, sink)
+			err = b.follow(ctx, cancel, event.attempt, r, sink)
 		}
 		var limit *limitReached
-		if errors.As(err, &limit) {
-			why = limit
-			return limit.ending(), nil
-		}
+		var byHand *cancelled
 		switch {
+		case errors.As(err, &limit):
+			return limit.ending(), limit, nil
+		case errors.As(err, &byHand):
+			return byHand.ending(j.drvPath), byHand, nil
 		case err != nil:
-			return nil, err
+			return nil, nil, err
 		case !ok:
-			return end, nil
+			return end, nil, nil
 		case event.place != "":
 			show(event.place)
 		case event.note != "":
@@ -55,16 +52,21 @@ func (b *Builds) wait(ctx context.Context, w *waiter, j *job, started bool, sink
 }
 
 // follow shows the log of an attempt until it ends. Its error is ctx's cause:
-// a *limitReached if the run passed a limit of j's.
-func (b *Builds) follow(ctx context.Context, cancel context.CancelCauseFunc, a *attempt, j *job, sink LogSink) error {
+// a *limitReached if the run passed a limit of the request's own.
+func (b *Builds) follow(ctx context.Context, cancel context.CancelCauseFunc, a *attempt, r *request, sink LogSink) error {
+	if err := r.follows(ctx, a); err != nil {
+		return err
+	}
+	r.logs.add(a.logID)
+	j := r.job
 	stop := watchLimits(a, j, cancel)
 	defer stop()
-	log, err := b.store.OpenBuildLog(ctx, a.record.ID)
+	log, err := b.store.OpenBuildLog(ctx, a.logID)
 	if err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		b.cfg.Logger.Error("build log is lost", "build", a.record.ID, "error", err)
+		b.cfg.Logger.Error("build log is lost", "build", a.logID, "error", err)
 		return nil
 	}
 	defer log.Close()
@@ -75,7 +77,7 @@ func (b *Builds) follow(ctx context.Context, cancel context.CancelCauseFunc, a *
 		return context.Cause(ctx)
 	}
 	if err != nil {
-		b.cfg.Logger.Error("build log is lost", "build", a.record.ID, "error", err)
+		b.cfg.Logger.Error("build log is lost", "build", a.logID, "error", err)
 	}
 	return nil
 }
@@ -85,14 +87,16 @@ type limitReached struct {
 	status  reuse.Status
 	code    nixproto.BuildStatus
 	message string
-	limits  Limits
+	drvPath nixproto.StorePath
+	kind    string // of a timeout
+	after   time.Duration
 }
 
 func (e *limitReached) Error() string { return e.message }
 
 // ending is the end for whoever set the limit.
 func (e *limitReached) ending() *ending {
-	return &ending{status: e.status, code: e.code, message: e.message, limits: e.limits}
+	return &ending{status: e.status, code: e.code, message: e.message, drvPath: e.drvPath, kind: e.kind, after: e.after}
 }
 
 // watchLimits calls cancel with a *limitReached as soon as the run passes a
@@ -100,15 +104,15 @@ func (e *limitReached) ending() *ending {
 // time counts from when the guest was started. Stop ends the watch and waits
 // for it.
 func watchLimits(a *attempt, j *job, cancel context.CancelCauseFunc) (stop func()) {
-	own := Limits{}
-	if stricter(j.limits.Timeout, a.limits.Timeout) {
-		own.Timeout = j.limits.Timeout
+	own, set := Limits{}, &j.set.limits
+	if stricter(set.Timeout, a.limits.Timeout) {
+		own.Timeout = set.Timeout
 	}
-	if stricter(j.limits.MaxSilent, a.limits.MaxSilent) {
-		own.MaxSilent = j.limits.MaxSilent
+	if stricter(set.MaxSilent, a.limits.MaxSilent) {
+		own.MaxSilent = set.MaxSilent
 	}
-	if stricter(j.limits.MaxLogSize, a.limits.MaxLogSize) {
-		own.MaxLogSize = j.limits.MaxLogSize
+	if stricter(set.MaxLogSize, a.limits.MaxLogSize) {
+		own.MaxLogSize = set.MaxLogSize
 	}
 	if own == (Limits{}) {
 		return func() {}
@@ -119,7 +123,7 @@ func watchLimits(a *attempt, j *job, cancel context.CancelCauseFunc) (stop func(
 		for {
 			reached, next := passed(a.log, j.drvPath, own, time.Now())
 			if reached != nil {
-				reached.limits = j.limits
+				reached.drvPath = j.drvPath
 				cancel(reached)
 				return
 			}
@@ -147,14 +151,16 @@ func passed(log *runLog, drv nixproto.StorePath, l Limits, now time.Time) (*limi
 	if l.Timeout > 0 {
 		left := log.started.Add(l.Timeout).Sub(now)
 		if left <= 0 {
-			return &limitReached{status: reuse.Timeout, code: nixproto.TimedOut, message: timedOut(drv, l)}, 0
+			return &limitReached{status: reuse.Timeout, code: nixproto.TimedOut, message: timedOut(drv, l),
+				kind: store.TimeoutRun, after: now.Sub(log.started)}, 0
 		}
 		next = min(next, left)
 	}
 	if l.MaxSilent > 0 {
 		left := log.silentSince().Add(l.MaxSilent).Sub(now)
 		if left <= 0 {
-			return &limitReached{status: reuse.Timeout, code: nixproto.TimedOut, message: timedOutSilent(drv, l)}, 0
+			return &limitReached{status: reuse.Timeout, code: nixproto.TimedOut, message: timedOutSilent(drv, l),
+				kind: store.TimeoutSilent, after: now.Sub(log.silentSince())}, 0
 		}
 		next = min(next, left)
 	}

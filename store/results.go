@@ -27,6 +27,7 @@ type Result struct {
 	Build   BuildID   `json:"build"`
 	Account AccountID `json:"account"` // that ran it
 	Time    time.Time `json:"time"`
+	Log     BuildID   `json:"log,omitempty"` // the build that has its log; 0 if none is kept
 	// Outputs are the outputs with their content, by name.
 	Outputs map[string]ResultOutput `json:"outputs"`
 }
