@@ -28,14 +28,16 @@ type Admin struct {
 	store      *store.Store
 	status     func(context.Context) (adminapi.Status, error)
 	disconnect func(gone func(*Client) bool)
+	book       *settingsBook
 	log        *slog.Logger
 	http       http.Server
 }
 
 // NewAdmin returns an Admin over s; status answers for the rest of the server,
-// and disconnect closes the connections of clients that were removed.
-func NewAdmin(s *store.Store, status func(context.Context) (adminapi.Status, error), disconnect func(gone func(*Client) bool), log *slog.Logger) *Admin {
-	a := &Admin{store: s, status: status, disconnect: disconnect, log: log}
+// disconnect closes the connections of clients that were removed, and book knows
+// what settings amount to.
+func NewAdmin(s *store.Store, book *settingsBook, status func(context.Context) (adminapi.Status, error), disconnect func(gone func(*Client) bool), log *slog.Logger) *Admin {
+	a := &Admin{store: s, book: book, status: status, disconnect: disconnect, log: log}
 	mux := http.NewServeMux()
 	mux.Handle("GET /status", a.handle(a.getStatus))
 	mux.Handle("GET /accounts", a.handle(a.listAccounts))
@@ -44,6 +46,13 @@ func NewAdmin(s *store.Store, status func(context.Context) (adminapi.Status, err
 	mux.Handle("GET /keys", a.handle(a.listKeys))
 	mux.Handle("POST /keys", a.handle(a.addKeys))
 	mux.Handle("DELETE /keys", a.handle(a.removeKey))
+	mux.Handle("GET /settings", a.handle(a.listSettings))
+	mux.Handle("POST /settings", a.handle(a.changeSetting))
+	mux.Handle("POST /links", a.handle(a.link))
+	mux.Handle("DELETE /links", a.handle(a.unlink))
+	mux.Handle("GET /tokens", a.handle(a.listTokens))
+	mux.Handle("POST /tokens", a.handle(a.addToken))
+	mux.Handle("DELETE /tokens", a.handle(a.removeToken))
 	mux.Handle("POST /check", a.handle(a.check))
 	mux.Handle("POST /gc", a.handle(a.gc))
 	a.http = http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
@@ -254,7 +263,11 @@ func (a *Admin) addKeys(r *http.Request) (any, error) {
 		return nil, err
 	}
 	list := []adminapi.KeyInfo{}
+	e := a.book.account(acc.ID)
 	for _, k := range keys {
+		if k.Permissions == nil {
+			k.Permissions = permissionsOf(&e)
+		}
 		k, err := a.store.AddKey(r.Context(), acc.ID, k)
 		if err != nil {
 			return nil, explainStore(err, "a key belongs to one account; see `nbd admin key list`")

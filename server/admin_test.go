@@ -16,7 +16,7 @@ import (
 // also where it is inside already. Others stay.
 func TestRemovalEndsConnections(t *testing.T) {
 	ts := newTestServer(t, nil)
-	admin := NewAdmin(ts.store, nil, ts.Disconnect, slog.New(slog.DiscardHandler))
+	admin := NewAdmin(ts.store, ts.book, nil, ts.Disconnect, slog.New(slog.DiscardHandler))
 	second, bob := ts.addKey("store:read"), newKey(t)
 	ts.addAccount("bob", bob, nil)
 	first, other, stranger := ts.worker(ts.alice), ts.worker(second), ts.worker(bob)

@@ -66,7 +66,7 @@ func NewDaemon(ctx context.Context, cfg DaemonConfig) (*Daemon, error) {
 		cancel()
 		return nil, err
 	}
-	d.admin = NewAdmin(cfg.Server.Store, d.Status, d.server.Disconnect, cfg.Logger)
+	d.admin = NewAdmin(cfg.Server.Store, d.server.book, d.Status, d.server.Disconnect, cfg.Logger)
 	d.tasks.Go(func() {
 		if err := d.admin.Serve(l); err != nil {
 			cfg.Logger.Error("nbd admin ends", "err", err)

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"maps"
@@ -28,10 +29,12 @@ type settingsBook struct {
 	accounts map[store.AccountID]rememberedSettings
 }
 
-// settingsStore is where settings are stored; *store.Store. What it returns does
-// not change.
+// settingsStore is where settings are stored; *store.Store. What Settings returns
+// does not change. ChangeSettings is durable when it returns, and changes nothing
+// if change has an error.
 type settingsStore interface {
 	Settings() *store.Settings
+	ChangeSettings(ctx context.Context, owners []store.SettingsOwner, change func(values []map[string]string) error) error
 }
 
 // rememberedSettings are settings of an account, and what they were made of.
@@ -155,18 +158,22 @@ func (b *settingsBook) with(e settings.Effective, l settings.Layer) settings.Eff
 // setSettings computes the session's settings from all levels down to its
 // environment. Its error is for the client.
 func (s *Session) setSettings() error {
-	var err error
-	if s.environment, err = settings.FromEnvironment(s.Env); err != nil {
-		return refusef("%v", err)
-	}
+	var wrong error
+	s.environment, wrong = settings.FromEnvironment(s.Env)
 	s.environment.AccountWrite = s.Client.Can(AccountWrite)
 	e, err := s.currentSettings()
 	if err != nil {
 		return err
 	}
 	s.Settings = e
-	if !e.SettingsFromSSHEnv && len(s.environment.Values)+len(s.environment.Tags) > 0 {
-		s.Log.Info("settings of the environment ignored: settings-from-ssh-env is false")
+	if !e.SettingsFromSSHEnv {
+		if len(s.Env) > 0 {
+			s.Log.Info("settings of the environment ignored: settings-from-ssh-env is false")
+		}
+		return nil
+	}
+	if wrong != nil {
+		return refusef("%v", wrong)
 	}
 	for _, v := range s.environment.Unknown {
 		s.Log.Info("environment ignored: it names no setting", "variable", v)

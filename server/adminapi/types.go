@@ -70,13 +70,71 @@ type KeyInfo struct {
 type NewKeys struct {
 	Account string   `json:"account"`
 	Keys    []string `json:"keys"`
-	// Permissions of the keys; nil means all.
+	// Permissions of the keys; nil means all for a new account, else what its
+	// default-permissions say.
 	Permissions []string `json:"permissions"`
 }
 
 // Freed is what a collection freed.
 type Freed struct {
 	Bytes uint64 `json:"freedBytes"` // on disk
+}
+
+// A Setting is a setting as it counts somewhere.
+type Setting struct {
+	Name string `json:"name"`
+	// Value is a boolean, a number, a text or a list of texts, without secrets;
+	// nil if there is none. Text is how it is set.
+	Value  any    `json:"value"`
+	Text   string `json:"text"`
+	Origin string `json:"origin"`
+}
+
+// A SettingsOwner names whose settings are asked for: those of a key by its
+// fingerprint, else of an account, else of the system.
+type SettingsOwner struct {
+	Account string `json:"account,omitempty"`
+	Key     string `json:"key,omitempty"`
+}
+
+// A SettingChange changes a setting. Op is set, add, remove or reset.
+type SettingChange struct {
+	SettingsOwner
+	Name  string `json:"name"`
+	Op    string `json:"op"`
+	Value string `json:"value,omitempty"`
+}
+
+// A Link joins two accounts.
+type Link struct {
+	A string `json:"a"`
+	B string `json:"b"`
+}
+
+// A TokenInfo is a token as operators see it, without its secret.
+type TokenInfo struct {
+	Account     string    `json:"account"`
+	Name        string    `json:"name"`
+	Permissions []string  `json:"permissions"`
+	Created     time.Time `json:"created"`
+	Expires     time.Time `json:"expires,omitzero"` // zero is never
+}
+
+// A NewToken request makes a token.
+type NewToken struct {
+	Account string `json:"account"`
+	Name    string `json:"name"`
+	// Permissions of the token; nil means what the account's
+	// default-permissions say.
+	Permissions []string `json:"permissions"`
+	// Seconds is how long it is good; 0 means for ever.
+	Seconds int64 `json:"seconds"`
+}
+
+// An AddedToken is a new token with its secret, which is told this once.
+type AddedToken struct {
+	Secret string `json:"token"`
+	TokenInfo
 }
 
 // A Queue says what runs and waits, and how much room there is.

@@ -11,7 +11,7 @@ import (
 )
 
 func (a *flags) account() *cobra.Command {
-	return group("account", "Accounts: add, list, remove", a.accountAdd(), a.accountList(), a.accountRemove())
+	return group("account", "Accounts: add, list, remove, link, unlink", a.accountAdd(), a.accountList(), a.accountRemove(), a.link(), a.unlink())
 }
 
 func (a *flags) accountAdd() *cobra.Command {

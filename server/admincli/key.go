@@ -25,8 +25,7 @@ func (a *flags) keyAdd() *cobra.Command {
 			}
 			return a.client().AddKeys(ctx, adminapi.NewKeys{Account: args[0], Keys: keys, Permissions: permissions})
 		}, printKeys)
-	cmd.Flags().StringSliceVar(&permissions, "permissions", nil,
-		"what it may do, of build:read, build:write, store:read, store:write, account:read, account:write (default: all)")
+	permissionsFlag(cmd, &permissions)
 	return cmd
 }
 
