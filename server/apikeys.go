@@ -186,6 +186,9 @@ func removeKey(ctx context.Context, c *apiCall) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	if key.Fingerprint == c.Client.Fingerprint {
+		return nil, refusef("this session came with the key %s: remove it from another one", key.Fingerprint)
+	}
 	keys, err := c.server.store.Keys(ctx, c.account())
 	if err != nil {
 		return nil, err
@@ -202,9 +205,7 @@ func removeKey(ctx context.Context, c *apiCall) (any, error) {
 		return nil, err
 	}
 	c.Log.Info("SSH key removed", "key", key.Fingerprint)
-	c.server.Disconnect(func(client *Client) bool {
-		return client.Fingerprint == key.Fingerprint && client.Fingerprint != c.Client.Fingerprint
-	})
+	c.server.Disconnect(func(client *Client) bool { return client.Fingerprint == key.Fingerprint })
 	return c.newAPIKey(key), nil
 }
 

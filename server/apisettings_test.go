@@ -106,6 +106,32 @@ func TestSigningKeyCommands(t *testing.T) {
 	}
 }
 
+// withToken runs a command as a client that has a token and no key.
+func (ts *testServer) withToken(token, line string) (stdout, stderr string, status int) {
+	ts.t.Helper()
+	cfg := ts.clientConfig(ts.alice)
+	cfg.User, cfg.Auth = "authtoken", nil
+	conn, err := gossh.Dial("tcp", ts.addr, cfg)
+	if err != nil {
+		ts.t.Fatal(err)
+	}
+	defer conn.Close()
+	s, err := conn.NewSession()
+	if err != nil {
+		ts.t.Fatal(err)
+	}
+	var out, errs bytes.Buffer
+	s.Stdout, s.Stderr = &out, &errs
+	if err := s.Setenv("NBD_TOKEN", token); err != nil {
+		ts.t.Fatal(err)
+	}
+	if err := s.Start(line); err != nil {
+		ts.t.Fatal(err)
+	}
+	status = (&pipe{Session: s}).status(ts.t.(*testing.T))
+	return out.String(), errs.String(), status
+}
+
 func TestTokenCommands(t *testing.T) {
 	ts := newTestServer(t, nil)
 	var made apiNewToken
@@ -113,6 +139,7 @@ func TestTokenCommands(t *testing.T) {
 	if a, tok, err := ts.store.AccountByToken(t.Context(), made.Token); err != nil || a.ID != ts.account.ID || len(tok.Permissions) != 2 || time.Until(tok.Expires) > time.Hour {
 		t.Errorf("%+v: %v, %v", made, tok, err)
 	}
+	revoked := made.Token
 	// As an older version of the published action has it.
 	ts.api(ts.alice, "tokens create --read-only --ttl-seconds 60", &made)
 	if got := strings.Join(made.Permissions, " "); got != "build:read store:read account:read" || made.Expires == nil || made.Token == "" {
@@ -130,6 +157,20 @@ func TestTokenCommands(t *testing.T) {
 	ts.api(ts.alice, "tokens list", &list)
 	if len(list) != 2 || strings.Contains(fmt.Sprint(list), "nbd_") {
 		t.Errorf("after revoke: %+v", list)
+	}
+	out, errs, status := ts.withToken(revoked, "api ssh-keys remove "+gossh.FingerprintSHA256(ts.alice.PublicKey()))
+	if status != 1 || !strings.HasPrefix(errs, `{"error":"this token is not valid`) {
+		t.Errorf("a revoked token: %d %s %s", status, out, errs)
+	}
+	ts.api(ts.alice, "tokens create --name admin --permissions account:read,account:write", &made)
+	for line, says := range map[string]string{
+		"api ssh-keys remove " + gossh.FingerprintSHA256(ts.alice.PublicKey()): "no other key",
+		"api tokens revoke admin": "from another one",
+		"api builds list":         "token admin does not have build:read",
+	} {
+		if out, errs, status := ts.withToken(made.Token, line); out != "" || status != 1 || !strings.Contains(errs, says) {
+			t.Errorf("%s with a token: %d %s %s", line, status, out, errs)
+		}
 	}
 	weak := ts.addKey("account:write", "build:read")
 	for args, says := range map[string]string{
@@ -250,8 +291,8 @@ func TestAddKey(t *testing.T) {
 	if removed.Fingerprint != keys[1].Fingerprint {
 		t.Errorf("removed %+v", removed)
 	}
-	if _, errs, status := ts.command(ts.alice, "api ssh-keys remove "+keys[0].Fingerprint, ""); status != 1 || !strings.Contains(errs, "account:write") {
-		t.Errorf("the last key with account:write: %d %s", status, errs)
+	if _, errs, status := ts.command(ts.alice, "api ssh-keys remove "+keys[0].Fingerprint, ""); status != 1 || !strings.Contains(errs, "from another one") {
+		t.Errorf("the session's own key: %d %s", status, errs)
 	}
 	if _, errs, status := ts.command(bob, "api ssh-keys remove "+keys[2].Fingerprint, ""); status != 1 || !strings.Contains(errs, "there is no key") {
 		t.Errorf("another's key: %d %s", status, errs)

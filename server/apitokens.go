@@ -72,6 +72,9 @@ func createToken(ctx context.Context, c *apiCall) (any, error) {
 	if t.Permissions, err = c.permissions(); err != nil {
 		return nil, err
 	}
+	if err := c.makeRoomForToken(ctx, now); err != nil {
+		return nil, err
+	}
 	if c.has("--read-only") {
 		t.Permissions = readOnly(t.Permissions)
 	}
@@ -82,6 +85,32 @@ func createToken(ctx context.Context, c *apiCall) (any, error) {
 		return nil, err
 	}
 	return apiNewToken{secret, newAPIToken(t, now)}, nil
+}
+
+// keepExpired is how long a token is listed after it expired.
+const keepExpired = 24 * time.Hour
+
+// makeRoomForToken forgets tokens that expired a while ago, and bounds the
+// others.
+func (c *apiCall) makeRoomForToken(ctx context.Context, now time.Time) error {
+	tokens, err := c.server.store.Tokens(ctx, c.account())
+	if err != nil {
+		return err
+	}
+	n := 0
+	for _, t := range tokens {
+		if t.Expires.IsZero() || now.Before(t.Expires.Add(keepExpired)) {
+			n++
+			continue
+		}
+		if _, err := c.server.store.RemoveToken(ctx, c.account(), t.Name); err != nil && !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+	}
+	if n >= maxKeys {
+		return refusef("the account has %d tokens; revoke some of them", n)
+	}
+	return nil
 }
 
 // readOnly returns those of permissions that let read.
@@ -182,12 +211,17 @@ func printToken(w io.Writer, t apiToken) error {
 }
 
 func revokeToken(ctx context.Context, c *apiCall) (any, error) {
+	if c.args[0] == c.Client.TokenName {
+		return nil, refusef("this session came with the token %s: revoke it from another one", clip(c.args[0]))
+	}
 	t, err := c.server.store.RemoveToken(ctx, c.account(), c.args[0])
 	if errors.Is(err, store.ErrNotFound) {
 		return nil, notFoundf("there is no token %q", clip(c.args[0]))
 	} else if err != nil {
 		return nil, err
 	}
+	c.Log.Info("token revoked", "token", t.Name)
+	c.server.Disconnect(func(client *Client) bool { return client.Token == t.ID })
 	return newAPIToken(t, time.Now()), nil
 }
 

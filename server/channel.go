@@ -33,6 +33,7 @@ type session struct {
 	ctx    context.Context   // ends when the client is gone or the server closes
 	busy   bool              // a request is being worked on; guarded by server.mu
 	term   terminalSize      // of the client's terminal, if it has one
+	json   bool              // its command is api: errors are JSON
 	tokens map[string]string // variables that may bring a token; kept apart from Env, which is told to others
 }
 
@@ -170,6 +171,7 @@ func (ss *session) run(req *gossh.Request) {
 			ss.complain("cannot read the exec request")
 			return
 		}
+		ss.json = exec.Command == "api" || strings.HasPrefix(exec.Command, "api ")
 	}
 	if ss.Client == nil {
 		if err := ss.authorise(); err != nil {
@@ -216,8 +218,12 @@ func (ss *session) run(req *gossh.Request) {
 	ss.Log.Debug("session ends", "status", status)
 }
 
-// complain writes one line to the channel's stderr.
+// complain writes one line to the channel's stderr; for api it is JSON.
 func (ss *session) complain(msg string) {
+	if ss.json {
+		ss.writeFailure(msg)
+		return
+	}
 	_, _ = io.WriteString(ss.ch.Stderr(), "nbd: error: "+printable(msg)+"\n") // the client may be gone
 }
 

@@ -12,10 +12,7 @@ import (
 // What is written to stdout is the answer and nothing else.
 func (ss *session) runAPI(words []string) int {
 	fail := func(err error) int {
-		text := apiErrorText(ss.Session, err)
-		if b, jsonErr := apiJSON(apiFailure{text}); jsonErr == nil {
-			_, _ = ss.stderr().Write(append(b, '\n')) // the client may be gone
-		}
+		ss.writeFailure(apiErrorText(ss.Session, err))
 		return apiStatus(err)
 	}
 	if len(words) == 0 {
@@ -35,6 +32,13 @@ func (ss *session) runAPI(words []string) int {
 		return fail(err)
 	}
 	return 0
+}
+
+// writeFailure writes an error as JSON.
+func (ss *session) writeFailure(text string) {
+	if b, err := apiJSON(apiFailure{text}); err == nil { // text always is JSON
+		_, _ = ss.stderr().Write(append(b, '\n')) // the client may be gone
+	}
 }
 
 // runShell runs one command, or those that the client sends, one a line; it
