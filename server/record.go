@@ -132,6 +132,11 @@ func (b *Builds) startRecord(a *attempt) error {
 	r.record.CPUs = a.cpus
 	r.record.MemoryMiB = a.memoryMiB
 	r.record.Generation = b.cfg.Runner.Generation()
+	if a.before == nil && a.job.mode == nixproto.BuildNormal {
+		if err := b.writeRecipe(a); err != nil {
+			return err
+		}
+	}
 	return b.store.WriteBuild(context.Background(), r.record)
 }
 

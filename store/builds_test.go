@@ -146,6 +146,17 @@ func TestEnds(t *testing.T) {
 	if e := get(key, 0).Timeouts; e[store.TimeoutRun].Build != 2 || e[store.TimeoutSilent].After != 1 {
 		t.Errorf("timeouts: %+v", e)
 	}
+	for _, recipe := range []string{"first", "second"} { // the first one stays
+		if err := s.WriteRecipe(ctx, key, []byte(recipe)); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := s.Recipe(ctx, key); string(got) != "first" || err != nil {
+			t.Errorf("recipe %q, %v", got, err)
+		}
+	}
+	if _, err := s.Recipe(ctx, other); !errors.Is(err, store.ErrNotFound) {
+		t.Errorf("no recipe: %v", err)
+	}
 	if n, err := s.RevokeEnds(ctx, key); n != 2 || err != nil {
 		t.Errorf("revoked %d, %v", n, err)
 	}

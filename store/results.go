@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"sync"
 	"time"
 
+	"github.com/klauspost/compress/zstd"
 	bolt "go.etcd.io/bbolt"
 
 	"nbd/nixproto"
@@ -67,8 +69,8 @@ type Timeout struct {
 	After time.Duration `json:"after"`
 }
 
-// An End is how a run ended, to be stored under its key. One of Success,
-// Failure and Timeout is set.
+// An End is what is stored under a key: how a run ended, as one of Success,
+// Failure and Timeout, or how it can be made again, as Recipe.
 type End struct {
 	Key [32]byte
 	// Shared stores it for everybody who shares, Own for one account; 0 for none.
@@ -81,6 +83,8 @@ type End struct {
 	Generation string
 	Timeout    *Timeout
 	Kind       string // of the timeout
+
+	Recipe []byte
 }
 
 // endsRecord is what the database holds under a key.
@@ -129,6 +133,13 @@ func (s *Store) Ends(ctx context.Context, key [32]byte, own AccountID) (*Ends, e
 // putEnd stores an end. A success stays the first one, unless bytes of that are
 // gone.
 func putEnd(tx *bolt.Tx, e *End) error {
+	if e.Recipe != nil {
+		b := tx.Bucket(bucketRecipes)
+		if b.Get(e.Key[:]) != nil {
+			return nil
+		}
+		return b.Put(e.Key[:], recipeEncoder().EncodeAll(e.Recipe, nil))
+	}
 	if e.Shared {
 		if err := putEndAt(tx, endsKey(e.Key, 0), e); err != nil {
 			return err
@@ -167,6 +178,55 @@ func putEndAt(tx *bolt.Tx, k []byte, e *End) error {
 		r.Timeouts[e.Kind] = e.Timeout
 	}
 	return putJSON(tx.Bucket(bucketResults), k, r)
+}
+
+// recipeEncoder and recipeDecoder are for texts of some kilobytes.
+var (
+	recipeEncoder = sync.OnceValue(func() *zstd.Encoder {
+		e, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true))
+		if err != nil {
+			panic(err) // the options are wrong
+		}
+		return e
+	})
+	recipeDecoder = sync.OnceValue(func() *zstd.Decoder {
+		d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(nixproto.MaxMessage*2))
+		if err != nil {
+			panic(err) // the options are wrong
+		}
+		return d
+	})
+)
+
+// WriteRecipe stores how the build with a key can be made again, unless that is
+// stored. It is durable a moment later.
+func (s *Store) WriteRecipe(ctx context.Context, key [32]byte, recipe []byte) error {
+	if _, err := s.builds.add(nil, []End{{Key: key, Recipe: recipe}}); err != nil {
+		return err
+	}
+	s.flushBuildsIn(flushLiveAfter)
+	return nil
+}
+
+// Recipe returns what WriteRecipe stored, or ErrNotFound.
+func (s *Store) Recipe(ctx context.Context, key [32]byte) (recipe []byte, err error) {
+	if err := s.flushBuilds(); err != nil {
+		return nil, err
+	}
+	err = s.db.View(func(tx *bolt.Tx) error {
+		b := tx.Bucket(bucketRecipes).Get(key[:])
+		if b == nil {
+			return ErrNotFound
+		}
+		if recipe, err = recipeDecoder().DecodeAll(b, nil); err != nil {
+			return fmt.Errorf("%w: %w", ErrDamaged, err)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("recipe of %x: %w", key, databaseError(err))
+	}
+	return recipe, nil
 }
 
 // contentsThere reports whether the contents of all outputs are stored; false

@@ -47,6 +47,9 @@ var (
 	bucketLive = []byte("live")
 	// results: reuse key, account id or nothing → endsRecord.
 	bucketResults = []byte("results")
+	// recipes: reuse key → compressed text of the server, by which the build can
+	// be made again.
+	bucketRecipes = []byte("recipes")
 	// usage: account id, month → Usage.
 	bucketUsage = []byte("usage")
 )
@@ -91,7 +94,7 @@ func initSchema(tx *bolt.Tx) error {
 		}
 	}
 	for _, name := range [][]byte{bucketAccounts, bucketNames, bucketKeys, bucketSettings, bucketTokens, bucketViews, bucketSigned, bucketBlobs,
-		bucketBuilds, bucketBuildIndex, bucketLive, bucketResults, bucketUsage} {
+		bucketBuilds, bucketBuildIndex, bucketLive, bucketResults, bucketRecipes, bucketUsage} {
 		if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 			return err
 		}
