@@ -264,3 +264,71 @@ func BenchmarkLookup(b *testing.B) {
 		}
 	})
 }
+
+// BenchmarkSight asks a view of 20,000 paths, with and without lenders, for
+// paths that it has, that the last lender has, and that nobody has.
+func BenchmarkSight(b *testing.B) {
+	s := storetest.OpenDir(b, b.TempDir(), store.Config{})
+	own := storetest.Account(b, s, "own")
+	infos := storetest.Fill(b, s, own, 20000)
+	var lenders []store.AccountID
+	var lent []nixproto.PathInfo
+	for i := range 10 {
+		a := storetest.Account(b, s, fmt.Sprint("lender-", i))
+		lent = storetest.Fill(b, s, a, 2000)
+		lenders = append(lenders, a)
+	}
+	if _, err := s.All(ctx, own); err != nil { // flushes
+		b.Fatal(err)
+	}
+	for _, n := range []int{0, 10} {
+		v := s.NewSight(own, store.Trust{Linked: lenders[:n]})
+		lease := v.NewLease()
+		defer lease.Release()
+		ask := func(name string, path func(i int) nixproto.StorePath, there bool) {
+			b.Run(fmt.Sprintf("lenders=%d/%s", n, name), func(b *testing.B) {
+				for i := range b.N {
+					if valid, err := v.Valid(ctx, []nixproto.StorePath{path(i)}); err != nil || len(valid) == 1 != there {
+						b.Fatal(valid, err)
+					}
+				}
+			})
+		}
+		ask("own", func(i int) nixproto.StorePath { return infos[i*7919%len(infos)].Path }, true)
+		ask("absent", func(i int) nixproto.StorePath {
+			return storetest.Unsigned(fmt.Sprint("absent-", i%1000), "x", nil).Path
+		}, false)
+		ask("lent", func(i int) nixproto.StorePath { return lent[i*7919%len(lent)].Path }, n > 0)
+	}
+}
+
+// BenchmarkInputRoots makes what a reuse key needs of a closure of 5,000 paths,
+// of which one is named, or all, and for comparison of records whose closure
+// hashes are not known.
+func BenchmarkInputRoots(b *testing.B) {
+	s := storetest.OpenDir(b, b.TempDir(), store.Config{})
+	a, other := storetest.Account(b, s, "alice"), storetest.Account(b, s, "bob")
+	infos := storetest.Fill(b, s, a, 5000)
+	all := make([]nixproto.StorePath, len(infos))
+	for i := range infos {
+		all[i] = infos[i].Path
+	}
+	if _, err := s.All(ctx, a); err != nil { // flushes
+		b.Fatal(err)
+	}
+	run := func(name string, v *store.Sight, inputs []nixproto.StorePath) {
+		lease := v.NewLease()
+		defer lease.Release()
+		b.Run(name, func(b *testing.B) {
+			for range b.N {
+				if roots, _, err := v.InputRoots(ctx, inputs); err != nil || len(roots) == 0 {
+					b.Fatal(roots, err)
+				}
+			}
+		})
+	}
+	alice := s.NewSight(a, store.Trust{})
+	run("one", alice, all[len(all)-1:])
+	run("all", alice, all)
+	run("lent", s.NewSight(other, store.Trust{Linked: []store.AccountID{a}}), all[len(all)-1:])
+}

@@ -151,44 +151,58 @@ func (h *closureHasher) run(inputs []nixproto.StorePath) (roots []nixproto.Store
 }
 
 // roots returns the paths in the closure of inputs that no other refers to.
+// They are inputs: all others are referred to.
 func (h *closureHasher) roots(inputs []nixproto.StorePath) ([]nixproto.StorePath, error) {
 	// Base names in the closure, and whether another one refers to them.
-	referred := make(map[string]bool, 4*len(inputs))
-	var todo []string
+	referred := make(map[string]bool, 2*len(inputs))
+	todo := make([]string, 0, len(inputs))
 	for _, p := range inputs {
 		if _, seen := referred[p.Base()]; !seen {
 			referred[p.Base()] = false
 			todo = append(todo, p.Base())
 		}
 	}
+	roots := len(todo)
+	named := roots // of todo, the inputs that are still to come
+	var deeper []string
 	for len(todo) > 0 {
 		base := todo[len(todo)-1]
 		todo = todo[:len(todo)-1]
 		refer := func(ref []byte) error {
-			if string(ref) == base {
+			is, seen := referred[string(ref)]
+			if is || string(ref) == base {
 				return nil
 			}
-			if is, seen := referred[string(ref)]; !is {
-				name := string(ref)
-				referred[name] = true
-				if !seen {
-					todo = append(todo, name)
-				}
+			name := string(ref)
+			referred[name] = true
+			if seen {
+				roots--
+			} else {
+				deeper = append(deeper, name)
 			}
 			return nil
 		}
 		if err := h.references(base, refer); err != nil {
 			return nil, err
 		}
+		if named--; named > 0 {
+			continue
+		}
+		// All inputs were looked at. Of the rest it matters only whether they
+		// refer to an input that nothing has referred to yet.
+		if roots == 1 || h.ctx.Err() != nil {
+			break
+		}
+		todo, deeper = append(todo, deeper...), deeper[:0]
 	}
-	var roots []nixproto.StorePath
-	for base, is := range referred {
-		if !is {
-			roots = append(roots, nixproto.StorePath(storePrefix+base))
+	list := make([]nixproto.StorePath, 0, roots)
+	for _, p := range inputs {
+		if !referred[p.Base()] {
+			list = append(list, p)
 		}
 	}
-	slices.Sort(roots)
-	return roots, h.ctx.Err()
+	slices.Sort(list)
+	return slices.Compact(list), h.ctx.Err()
 }
 
 // references calls f with the base names that a path refers to.
