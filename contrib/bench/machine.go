@@ -49,14 +49,19 @@ func startNBD(dir, kernel string) (*machine, error) {
 			return nil, err
 		}
 	}
-	m.start(exec.Command(m.bin, "serve", "--state", m.state, "--ssh-listen", "127.0.0.1:"+m.port))
-	if err := m.await("guests boot"); err != nil {
+	if err := m.serve(); err != nil {
 		return nil, err
 	}
 	if err := output(exec.Command(m.bin, "admin", "--state", m.state, "account", "add", "bench", "--ssh-key", m.dir+"/key.pub")); err != nil {
 		return nil, err
 	}
 	return m, m.writeSSH(filepath.Join(m.state, "ssh_host_ed25519_key.pub"))
+}
+
+// serve starts nbd with what its state directory has.
+func (m *machine) serve() error {
+	m.start(exec.Command(m.bin, "serve", "--state", m.state, "--ssh-listen", "127.0.0.1:"+m.port))
+	return m.await("guests boot")
 }
 
 // startPeer starts sshd in front of the machine's own Nix, with a /nix of its
@@ -286,14 +291,4 @@ func processTimes(pid int) (own, children time.Duration, err error) {
 		ticks[i] = time.Duration(n) * (time.Second / 100)
 	}
 	return ticks[0] + ticks[1], ticks[2] + ticks[3], nil
-}
-
-// residentMiB is the memory that the machine's process holds.
-func (m *machine) residentMiB() (int, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", m.cmd.Process.Pid))
-	if err != nil {
-		return 0, err
-	}
-	pages, err := strconv.Atoi(strings.Fields(string(b))[1])
-	return pages * os.Getpagesize() >> 20, err
 }

@@ -30,6 +30,9 @@ func main() {
 	if len(os.Args) > 2 && os.Args[1] == adopt {
 		log.Fatal("bench: ", runAdopting(os.Args[2:]))
 	}
+	if len(os.Args) == 4 && os.Args[1] == bareServer {
+		log.Fatal("bench: ", serveBare(os.Args[2], os.Args[3]))
+	}
 	quick := flag.Bool("quick", false, "smaller amounts, fewer rounds: to see that it works")
 	only := flag.String("only", "", "only scenarios that match")
 	dir := flag.String("dir", filepath.Join(os.TempDir(), "nbd-bench"), "where everything is kept; emptied first")
@@ -48,9 +51,9 @@ func run(dir, kernel string, quick bool, only *regexp.Regexp) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return err
 	}
-	b := &bench{dir: dir, small: 2000, big: 1 << 30, graph: 100, rounds: 3, idle: 1000}
+	b := &bench{dir: dir, small: 2000, big: 1 << 30, graph: 100, rounds: 3, idle: 1000, paths: 100_000}
 	if quick {
-		b.small, b.big, b.graph, b.rounds, b.idle = 200, 64<<20, 5, 1, 100
+		b.small, b.big, b.graph, b.rounds, b.idle, b.paths = 200, 64<<20, 5, 1, 100, 1000
 	}
 	if err := b.prepare(); err != nil {
 		return err
@@ -74,10 +77,21 @@ func run(dir, kernel string, quick bool, only *regexp.Regexp) error {
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
 	}
-	if only.MatchString("idle connections") {
-		return b.idleConnections(nbd)
+	for _, v := range []value{{"bare round trips", b.bareRoundTrips}, {"idle connections", b.idleConnections}, {"many paths", b.manyPaths}} {
+		if !only.MatchString(v.name) {
+			continue
+		}
+		if err := v.print(nbd); err != nil {
+			return fmt.Errorf("%s: %w", v.name, err)
+		}
 	}
 	return nil
+}
+
+// A value is measured without the peer.
+type value struct {
+	name  string
+	print func(nbd *machine) error
 }
 
 // A figure is what one run of a scenario cost.
@@ -86,7 +100,7 @@ type figure struct{ wall, cpu, guests time.Duration }
 // compare runs a scenario in turn on both servers and prints the medians.
 func (b *bench) compare(s scenario, nbd, peer *machine) error {
 	var ours, theirs []figure
-	for round := range b.rounds {
+	for round := range cmp.Or(s.rounds, b.rounds) {
 		order := []*machine{nbd, peer}
 		if round%2 == 1 { // the second one finds the client's files in memory
 			slices.Reverse(order)

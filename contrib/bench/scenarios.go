@@ -8,16 +8,17 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"time"
 )
 
 // A bench has the amounts, and the clients' stores with what they upload.
 type bench struct {
-	dir          string
-	small        int   // paths
-	big          int64 // bytes
-	graph        int   // derivations
-	rounds, idle int
+	dir    string
+	small  int   // paths
+	big    int64 // bytes
+	graph  int   // derivations
+	rounds int
+	idle   int // connections
+	paths  int // in the store, to see what they cost
 
 	store     string // the client's
 	tools     string
@@ -29,37 +30,41 @@ type bench struct {
 type scenario struct {
 	name    string
 	prepare func(b *bench, m *machine, round int) (func() error, error)
+	rounds  int // zero for those of the bench
 }
 
 func (b *bench) scenarios() []scenario {
 	return []scenario{
 		{fmt.Sprintf("upload of one path of %d MiB", b.big>>20), func(b *bench, m *machine, round int) (func() error, error) {
 			return b.upload(m, "ssh-ng", b.bigPaths[round:round+1]), nil
-		}},
-		{"the same, ssh://", func(b *bench, m *machine, round int) (func() error, error) {
+		}, 0},
+		{fmt.Sprintf("upload of one path of %d MiB, ssh://", b.big>>20), func(b *bench, m *machine, round int) (func() error, error) {
 			return b.upload(m, "ssh", b.bigPaths[b.rounds+round:b.rounds+round+1]), nil
-		}},
+		}, 0},
 		{fmt.Sprintf("download of one path of %d MiB", b.big>>20), func(b *bench, m *machine, round int) (func() error, error) {
 			return b.download(m, b.bigPaths[round:round+1])
-		}},
+		}, 0},
 		{fmt.Sprintf("upload of %d small paths", b.small), func(b *bench, m *machine, round int) (func() error, error) {
 			return b.upload(m, "ssh-ng", b.smallSets[round]), nil
-		}},
-		{"the same, ssh://", func(b *bench, m *machine, round int) (func() error, error) {
+		}, 0},
+		{fmt.Sprintf("upload of %d small paths, ssh://", b.small), func(b *bench, m *machine, round int) (func() error, error) {
 			return b.upload(m, "ssh", b.smallSets[b.rounds+round]), nil
-		}},
+		}, 0},
 		{fmt.Sprintf("download of %d small paths", b.small), func(b *bench, m *machine, round int) (func() error, error) {
 			return b.download(m, b.smallSets[round])
-		}},
+		}, 0},
 		{fmt.Sprintf("what is known of %d valid paths", b.small), func(b *bench, m *machine, round int) (func() error, error) {
+			if err := b.upload(m, "ssh-ng", b.smallSets[0])(); err != nil {
+				return nil, err
+			}
 			return func() error {
 				_, err := m.nix(b.store, append([]string{"nix", "path-info", "--json", "--store", "ssh-ng://bench"}, b.smallSets[0]...)...)
 				return err
 			}, nil
-		}},
-		{"no-op build through the hook", noopBuild},
-		{"already built, through the hook", alreadyBuilt},
-		{fmt.Sprintf("%d tiny derivations in one graph", b.graph), tinyGraph},
+		}, 0},
+		{"no-op build through the hook", noopBuild, 0},
+		{"already built, through the hook", alreadyBuilt, 0},
+		{fmt.Sprintf("%d tiny derivations in one graph", b.graph), tinyGraph, 1},
 	}
 }
 
@@ -197,24 +202,5 @@ func writeRandom(name string, size int64) error {
 	}
 	defer f.Close()
 	_, err = io.CopyN(f, rand.Reader, size)
-	return err
-}
-
-// idleConnections tells what connections cost that do nothing.
-func (b *bench) idleConnections(m *machine) error {
-	before, err := m.residentMiB()
-	if err != nil {
-		return err
-	}
-	conns, err := dialIdle(m, b.idle)
-	if err != nil {
-		return err
-	}
-	time.Sleep(time.Second)
-	after, err := m.residentMiB()
-	for _, c := range conns {
-		c.Close()
-	}
-	fmt.Printf("%d idle connections: %d MiB, %d MiB before them (%d KiB each)\n", b.idle, after, before, (after-before)<<10/b.idle)
 	return err
 }
