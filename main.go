@@ -25,7 +25,6 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 
-	"nbd/egress"
 	"nbd/nixproto"
 	"nbd/server"
 	"nbd/server/adminapi"
@@ -33,6 +32,7 @@ import (
 	"nbd/server/upstream"
 	"nbd/store"
 	"nbd/vm"
+	"nbd/vm/egress"
 	"nbd/vm/guest"
 	"nbd/vm/link"
 )
@@ -179,13 +179,17 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		}
 		name = host
 	}
-	storeConfig := store.Config{ServerName: name, MinFree: cmp.Or(int64(cfg.number("min-free"))<<20, -1), Logger: log}
+	publicKeys, err := cfg.publicKeys()
+	if err != nil {
+		return err
+	}
+	storeConfig := store.Config{ServerName: name, MinFree: cmp.Or(int64(cfg.number("min-free"))<<20, -1), PublicKeys: publicKeys, Logger: log}
 	builds := server.BuildsConfig{CPUs: cfg.number("default-cpu"), MemoryMiB: cfg.number("default-mem"),
 		MaxMemoryMiB: cfg.number("max-mem"), ScratchMiB: cfg.number("scratch"), Logger: log,
 		Room:   server.Room{Guests: cfg.number("max-guests"), MemoryMiB: cfg.number("memory")},
 		Limits: server.Limits{MaxLogSize: int64(cfg.number("max-log-size"))}}
 	front := server.Config{Version: server.Version(), Logger: log, TempDir: filepath.Join(state, "tmp"), Ciphers: cfg.list("ciphers"), MaxUnauthenticated: cfg.number("max-unauthenticated"),
-		Settings:         cfg.systemSettings(),
+		Settings: cfg.systemSettings(), TrustedKeys: publicKeys,
 		HandshakeTimeout: get[time.Duration](cfg, "handshake-timeout"), KeepAlive: get[time.Duration](cfg, "keep-alive")}
 	rule, err := egress.ParseRule(cfg.list("allow-addresses"))
 	if err != nil {
@@ -216,6 +220,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	defer caches.Close()
 	builds.Store, builds.Runner = st, runner
 	front.Store, front.Substituter = st, server.NewSubstituter(st, caches, log)
+	builds.Substituter = front.Substituter
 	d, err := server.NewDaemon(ctx, server.DaemonConfig{State: state, Server: front, Builds: builds, Guests: runner, Logger: log})
 	if err != nil {
 		return err

@@ -9,11 +9,11 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"nbd/egress"
 	"nbd/nixproto"
 	"nbd/server/settings"
 	"nbd/server/upstream"
 	"nbd/store"
+	"nbd/vm/egress"
 )
 
 // A Substituter brings paths from binary caches into the views of accounts: the

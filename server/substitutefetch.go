@@ -226,7 +226,7 @@ func (u *Substituter) again(ctx context.Context, s *Session, info *nixproto.NarI
 // add reads a NAR into the session's own view. complete is called before it
 // becomes valid.
 func (u *Substituter) add(ctx context.Context, s *Session, n *nixproto.NarInfo, nar io.Reader, complete func() error) error {
-	up, err := u.store.NewUpload(ctx, s.account(), store.UploadOptions{})
+	up, err := s.Sight.NewUpload(ctx, store.UploadOptions{})
 	if err != nil {
 		return err
 	}

@@ -13,7 +13,7 @@ import (
 	"strings"
 	"time"
 
-	"nbd/egress"
+	"nbd/vm/egress"
 )
 
 // One request is up to maxTries attempts, each of which follows up to maxHops

@@ -16,8 +16,8 @@ import (
 	"testing"
 	"time"
 
-	"nbd/egress"
 	"nbd/nixproto"
+	"nbd/vm/egress"
 )
 
 func addrPort(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }

@@ -31,8 +31,8 @@ import (
 	"sync"
 	"time"
 
-	"nbd/egress"
 	"nbd/nixproto"
+	"nbd/vm/egress"
 )
 
 var (

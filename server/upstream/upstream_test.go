@@ -16,8 +16,8 @@ import (
 	"testing"
 	"time"
 
-	"nbd/egress"
 	"nbd/nixproto"
+	"nbd/vm/egress"
 )
 
 const golden = "../../testdata/cache"
