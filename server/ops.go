@@ -262,7 +262,7 @@ func (w *worker) limits() Limits { return Limits{MaxSilent: w.maxSilent} }
 // buildDerivation is the build hook's request. A build that cannot be is a
 // result, like one that failed: clients show its text best.
 func (w *worker) buildDerivation(q *nixproto.BuildDerivation) (nixproto.Response, error) {
-	if err := w.Client.require(BuildWrite); err != nil {
+	if err := w.mayBuild(); err != nil {
 		return failedResult(w.Session, err), nil
 	}
 	var result *nixproto.BuildResult
@@ -336,12 +336,20 @@ func (w *worker) realise(paths []nixproto.DerivedPath, mode nixproto.BuildMode) 
 	return results, err
 }
 
+// mayBuild reports why the client may not have anything built now.
+func (ss *session) mayBuild() error {
+	if err := ss.Client.require(BuildWrite); err != nil {
+		return err
+	}
+	return ss.checkStorage(0)
+}
+
 // mayRealise asks for the permission to build only if something could have to
 // be built: clients that copy a path make it valid first.
 func (ss *session) mayRealise(paths []nixproto.DerivedPath) error {
 	for _, p := range paths {
 		if p.Built() {
-			return ss.Client.require(BuildWrite)
+			return ss.mayBuild()
 		}
 	}
 	return ss.Client.require(StoreRead)

@@ -234,7 +234,7 @@ func (c *serveConn) building(f func(context.Context, LogSink) error) error {
 func (c *serveConn) buildDerivation(q *nixproto.ServeBuildDerivation) (nixproto.Response, error) {
 	err := c.mayWrite()
 	if err == nil {
-		err = c.Client.require(BuildWrite)
+		err = c.mayBuild()
 	}
 	var result *nixproto.BuildResult
 	if err == nil {

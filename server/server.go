@@ -140,14 +140,16 @@ func (c *Config) fill() error {
 
 // A Server serves SSH clients. Its methods are safe for concurrent use.
 type Server struct {
-	cfg    Config
-	store  *store.Store
-	log    *slog.Logger
-	auth   authenticator
-	ssh    *ssh.Server
-	gate   *gate
-	book   *settingsBook
-	trusts *trusts
+	cfg   Config
+	store *store.Store
+	log   *slog.Logger
+	auth  authenticator
+	ssh   *ssh.Server
+	gate  *gate
+	book  *settingsBook
+	// storage knows what accounts have, for max-storage.
+	storage *storageMeter
+	trusts  *trusts
 	// proofs makes what is signed with keys that are to be added.
 	proofs proofSecret
 
@@ -193,6 +195,7 @@ func New(cfg Config) (*Server, error) {
 		log:       cfg.Logger,
 		auth:      authenticator{accounts: cfg.Store, log: cfg.Logger},
 		book:      newSettingsBook(cfg.Settings, cfg.Store, cfg.Logger),
+		storage:   &storageMeter{sizes: cfg.Store},
 		gate:      newGate(cfg.MaxUnauthenticated),
 		listeners: map[net.Listener]struct{}{},
 		conns:     map[*conn]struct{}{},

@@ -109,9 +109,12 @@ func (ss *session) newUpload(repair bool) (*store.Upload, error) {
 	if err := ss.Client.mayUpload(); err != nil {
 		return nil, err
 	}
+	if err := ss.checkStorage(0); err != nil {
+		return nil, err
+	}
 	return ss.Sight.NewUpload(ss.ctx, store.UploadOptions{
 		Repair: repair && ss.Client.Can(StoreWrite),
-		Verify: ss.checkSignatures,
+		Verify: ss.checkUpload,
 	})
 }
 
@@ -137,8 +140,8 @@ func (ss *session) checkSignatures(info *nixproto.PathInfo) error {
 // addTo reads the NAR of info from r into an upload.
 func (ss *session) addTo(up *store.Upload, info *nixproto.PathInfo, r io.Reader) error {
 	if info.CA == "" && !ss.Client.Can(StoreWrite) {
-		return refusef("permission denied: key %s does not have %s, so it can only bring content-addressed paths, and '%s' is none",
-			ss.Client.Fingerprint, StoreWrite, info.Path)
+		return refusef("permission denied: %s does not have %s, so it can only bring content-addressed paths, and '%s' is none",
+			ss.Client.who(), StoreWrite, info.Path)
 	}
 	info.Ultimate = false // it was not built here
 	ss.Keep(info.Path)

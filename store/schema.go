@@ -8,6 +8,7 @@ import (
 	"fmt"
 
 	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 )
 
 // schemaVersion is that of the layout described here. A directory with a newer
@@ -193,7 +194,7 @@ func putCheckpoint(tx *bolt.Tx, at place) error {
 
 // databaseError turns the errors of bbolt that mean something to callers.
 func databaseError(err error) error {
-	if errors.Is(err, bolt.ErrDatabaseNotOpen) {
+	if errors.Is(err, berrors.ErrDatabaseNotOpen) {
 		return ErrClosed
 	}
 	return diskError(err)
