@@ -171,7 +171,13 @@ type buildTest struct {
 
 func newBuildTest(t *testing.T, change func(*BuildsConfig)) *buildTest {
 	t.Helper()
-	dir := t.TempDir()
+	return newBuildTestOn(t, t.TempDir(), change)
+}
+
+// newBuildTestOn is newBuildTest with a state directory that may hold what
+// another one left.
+func newBuildTestOn(t *testing.T, dir string, change func(*BuildsConfig)) *buildTest {
+	t.Helper()
 	st, err := store.Open(dir, store.Config{ServerName: "test", MinFree: -1})
 	if err != nil {
 		t.Fatal(err)
@@ -194,7 +200,11 @@ func newBuildTest(t *testing.T, change func(*BuildsConfig)) *buildTest {
 		t.Fatal(err)
 	}
 	t.Cleanup(bt.Close)
-	if bt.account, err = st.AddAccount(t.Context(), "alice"); err != nil {
+	bt.account, err = st.AccountByName(t.Context(), "alice")
+	if errors.Is(err, store.ErrNotFound) {
+		bt.account, err = st.AddAccount(t.Context(), "alice")
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	bt.book = newSettingsBook(nil, st, slog.New(slog.DiscardHandler))
