@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -25,7 +27,8 @@ import (
 // directory and a port of its own. Beside testscript's commands they have
 //
 //	serve [FLAG...]        start `nbd serve` and wait until it is ready
-//	stop, kill9            end it by SIGTERM (and wait), by SIGKILL
+//	shutdown, kill9        end it by SIGTERM (and wait), by SIGKILL; testscript's own
+//	                       `stop` would end the script, as one that passed
 //	account NAME           make an account NAME with a key of its own
 //	as NAME CMD...         run CMD as a client with that key: ssh reaches the
 //	                       server as `nbd`, Nix's own store is $WORK/NAME
@@ -36,6 +39,8 @@ import (
 //	rootless               let the server run as an ordinary user
 //	small-state MIB        put the state on a file system of that size
 //	guest-alive            fail unless a guest runs now
+//	httpserve NAME WHAT    serve a folder over HTTP at $NAME; what is a URL is
+//	                       redirected to (status 302), `loop` leads to itself
 //	nothing-left           fail unless guests, their files and cgroups are gone
 //
 // Guests need a kernel: NBD_TEST_KERNEL names a package or folder that `nbd
@@ -49,6 +54,7 @@ func TestScripts(t *testing.T) {
 	if testing.Short() {
 		t.Skip("-short was asked for: no guests")
 	}
+	checkScripts(t)
 	base, err := prepareState(t)
 	if err != nil {
 		t.Fatal(err)
@@ -70,13 +76,35 @@ func TestScripts(t *testing.T) {
 			return base.copyTo(filepath.Join(env.WorkDir, "state"))
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"serve": command((*script).serve), "stop": command((*script).stop), "kill9": command((*script).kill9),
+			"serve": command((*script).serve), "shutdown": command((*script).shutdown), "kill9": command((*script).kill9),
 			"account": command((*script).account), "as": command((*script).as),
 			"background": command((*script).background), "interrupt": command((*script).interrupt),
 			"awaitlog": command((*script).awaitLog), "awaitclient": command((*script).awaitClient), "nothing-left": command((*script).nothingLeft), "guest-alive": command((*script).guestAlive),
-			"rootless": command((*script).rootless), "small-state": command((*script).smallState),
+			"httpserve": command((*script).httpServe),
+			"rootless":  command((*script).rootless), "small-state": command((*script).smallState),
 		},
 	})
+}
+
+// checkScripts refuses scripts that end before their last line: testscript has a
+// command stop of its own, which takes precedence.
+func checkScripts(t *testing.T) {
+	t.Helper()
+	scripts, err := filepath.Glob("testdata/script/*.txtar")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range scripts {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(text)) {
+			if word, _, _ := strings.Cut(strings.TrimSpace(line), " "); word == "stop" {
+				t.Errorf("%s: stop ends the script there, and passes it; shutdown ends the server", name)
+			}
+		}
+	}
 }
 
 // The README lists every setting as it is.
@@ -309,7 +337,27 @@ func (s *script) serve(ts *testscript.TestScript, args []string) error {
 	return p.await("nbd is ready")
 }
 
-func (s *script) stop(ts *testscript.TestScript, _ []string) error {
+// httpServe serves a folder, or redirects to another server.
+func (s *script) httpServe(ts *testscript.TestScript, args []string) error {
+	if len(args) != 2 {
+		return errors.New("usage: httpserve NAME FOLDER|URL|loop")
+	}
+	handler := http.FileServer(http.Dir(args[1]))
+	switch to := args[1]; {
+	case to == "loop":
+		handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, r.URL.Path, http.StatusFound) })
+	case strings.HasPrefix(to, "http://"):
+		handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, to+r.URL.Path, http.StatusFound)
+		})
+	}
+	web := httptest.NewServer(handler)
+	ts.Defer(web.Close)
+	ts.Setenv(args[0], web.URL)
+	return nil
+}
+
+func (s *script) shutdown(ts *testscript.TestScript, _ []string) error {
 	if err := s.server.end(syscall.SIGTERM); err != nil {
 		return err
 	}
