@@ -248,15 +248,18 @@ func (c *choosing) candidates(p nixproto.StorePath) (list []*choice, err error) 
 		}
 	}
 	for _, k := range v.public {
-		err := c.r.signedBy(k.Name, p, func(a AccountID) error {
-			r, err := c.r.get(a, p)
-			if r == nil || err != nil {
-				return err
-			}
-			return add(r, []nixproto.PublicKey{k}, false)
-		})
+		accounts, err := c.r.signedBy(k.Name, p)
 		if err != nil {
 			return nil, err
+		}
+		for _, a := range accounts {
+			r, err := c.r.get(a, p)
+			if err == nil && r != nil {
+				err = add(r, []nixproto.PublicKey{k}, false)
+			}
+			if err != nil {
+				return nil, err
+			}
 		}
 	}
 	for _, o := range v.trust.Offers {

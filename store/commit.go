@@ -139,6 +139,9 @@ type commitRequest struct {
 	// adopted are records of lent paths, each after those it refers to, that
 	// become valid with those of paths that refer to them.
 	adopted []*record
+	// claimed are paths that were brought and have a record already, perhaps
+	// one of adopted, which then is adopted for their sake.
+	claimed []nixproto.StorePath
 	blobs   []newBlob
 	frames  []byte // NAR frames that are not in a segment yet
 	// kept are the paths that were valid already with other content; set by
@@ -324,6 +327,9 @@ func (d *decision) known(v *view, p nixproto.StorePath) (*record, error) {
 func (d *decision) adopt(r *commitRequest, v *view, paths []batchPath) (same bool, err error) {
 	same = true
 	wanted := make(map[nixproto.StorePath]bool)
+	for _, p := range r.claimed {
+		wanted[p] = true
+	}
 	for _, p := range paths {
 		for _, ref := range p.rec.References {
 			wanted[ref] = true

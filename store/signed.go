@@ -79,34 +79,23 @@ func signedKey(name, base string, a AccountID) []byte {
 	return binary.BigEndian.AppendUint64(signedPrefix(name, base), uint64(a))
 }
 
-// signedBy calls f with the accounts whose views have, or had until they were
-// removed, a path with a signature in that name.
-func (r *reader) signedBy(name string, p nixproto.StorePath, f func(AccountID) error) error {
-	for _, a := range r.s.pendingSigned(p) {
-		if err := f(a); err != nil {
-			return err
-		}
-	}
-	prefix := signedPrefix(name, p.Base())
-	var accounts []AccountID // f may renew the transaction
-	collect := func() {
-		accounts = accounts[:0]
-		c := r.tx.Bucket(bucketSigned).Cursor()
-		for k, _ := c.Seek(prefix); bytes.HasPrefix(k, prefix); k, _ = c.Next() {
-			accounts = append(accounts, AccountID(keyID(k[len(prefix):])))
-		}
-	}
-	for collect(); r.s.flushes.Load() != r.flushes; collect() {
+// signedBy returns the accounts whose views may have a path with a signature in
+// that name, in order.
+func (r *reader) signedBy(name string, p nixproto.StorePath) (accounts []AccountID, err error) {
+	pending := r.s.pendingSigned(p)
+	if r.s.flushes.Load() != r.flushes { // what was pending is in the database
 		if err := r.renew(); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	for _, a := range accounts {
-		if err := f(a); err != nil {
-			return err
-		}
+	accounts = pending
+	prefix := signedPrefix(name, p.Base())
+	c := r.tx.Bucket(bucketSigned).Cursor()
+	for k, _ := c.Seek(prefix); bytes.HasPrefix(k, prefix); k, _ = c.Next() {
+		accounts = append(accounts, AccountID(keyID(k[len(prefix):])))
 	}
-	return nil
+	slices.Sort(accounts)
+	return slices.Compact(accounts), nil
 }
 
 // signedWithHash returns the paths with that hash part that some view has with a

@@ -101,7 +101,7 @@ func (u *Upload) add(info *nixproto.PathInfo, r io.Reader) error {
 		return err
 	}
 	u.b.pin(want)
-	old, err := u.known(rec)
+	old, err := u.known(rec, lent)
 	if err != nil {
 		return err
 	}
@@ -110,6 +110,9 @@ func (u *Upload) add(info *nixproto.PathInfo, r io.Reader) error {
 		return err
 	}
 	u.bytes += info.NarSize
+	if old != nil {
+		u.b.req.claimed = append(u.b.req.claimed, rec.Path)
+	}
 	switch {
 	case old == nil:
 		return u.b.addPath(rec, lent)
@@ -120,9 +123,10 @@ func (u *Upload) add(info *nixproto.PathInfo, r io.Reader) error {
 }
 
 // known returns the record that a path is known to keep. For a small path it
-// is not worth a look into the database; that comes with the commit.
-func (u *Upload) known(rec *record) (*record, error) {
-	if old := u.b.added[rec.Path]; old != nil || rec.NarSize <= smallNAR || u.opts.Repair {
+// is not worth a look into the database, unless it would bring lent paths along;
+// that comes with the commit.
+func (u *Upload) known(rec *record, lent []*record) (*record, error) {
+	if old := u.b.added[rec.Path]; old != nil || rec.NarSize <= smallNAR && len(lent) == 0 || u.opts.Repair {
 		return old, nil
 	}
 	return u.b.s.lookupRecord(u.b.req.account, rec.Path)
