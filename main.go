@@ -183,7 +183,8 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	storeConfig := store.Config{ServerName: name, MinFree: cmp.Or(int64(cfg.number("min-free"))<<20, -1), PublicKeys: publicKeys, Logger: log}
+	storeConfig := store.Config{ServerName: name, MinFree: cmp.Or(int64(cfg.number("min-free"))<<20, -1), PublicKeys: publicKeys,
+		KeepLogs: get[time.Duration](cfg, "keep-logs"), Logger: log}
 	builds := server.BuildsConfig{CPUs: cfg.number("default-cpu"), MemoryMiB: cfg.number("default-mem"),
 		MaxMemoryMiB: cfg.number("max-mem"), ScratchMiB: cfg.number("scratch"), Logger: log,
 		Room:   server.Room{Guests: cfg.number("max-guests"), MemoryMiB: cfg.number("memory")},

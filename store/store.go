@@ -53,6 +53,9 @@ type Config struct {
 	// free, so that the database can still be written and things deleted;
 	// 64 MiB by default, negative for none.
 	MinFree int64
+	// KeepLogs is for how long logs of builds and uploaded ones are kept; the
+	// oldest go earlier while less than twice MinFree is free. 0: for ever.
+	KeepLogs time.Duration
 	// PublicKeys are the operator's public keys of caches: what is signed by one
 	// of them may be used by every account that trusts it, whoever brought it.
 	// Default: none.

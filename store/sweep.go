@@ -50,8 +50,8 @@ func (s *Store) touchLocked(x *batch) {
 // sweepBatch is how many blobs one transaction removes.
 const sweepBatch = 500
 
-// Sweep removes blobs that no view has, and returns the bytes freed on disk.
-// Uploads and downloads go on meanwhile.
+// Sweep removes blobs that no view has, and old logs (Config.KeepLogs), and
+// returns the bytes freed on disk. Uploads and downloads go on meanwhile.
 func (s *Store) Sweep(ctx context.Context) (freed uint64, err error) {
 	s.sweepMu.Lock()
 	defer s.sweepMu.Unlock()
@@ -67,7 +67,8 @@ func (s *Store) Sweep(ctx context.Context) (freed uint64, err error) {
 	if err != nil {
 		return freed, fmt.Errorf("sweep: %w", err)
 	}
-	return freed, nil
+	logs, err := s.sweepLogs(ctx)
+	return freed + logs, err
 }
 
 // beginSweep brings the database up to date and makes commits tell what they
