@@ -51,6 +51,7 @@ var serveSettings = []setting{
 	{"min-free", uint(1024), "MiB of disk that uploads, outputs and logs leave free"},
 	{"keep-logs", 90 * 24 * time.Hour, "how long logs of builds are kept, 0 for ever; the oldest go earlier where less than twice --min-free is left"},
 	{"drain-timeout", 10 * time.Minute, "how long running builds may go on after SIGTERM"},
+	{"sandbox-generation", uint(0), "raised, it has failures of before run again instead of being reused"},
 	{"log-level", "info", "debug, info, warn or error"},
 	{"log-format", "text", "text or json"},
 }

@@ -183,10 +183,10 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	storeConfig := store.Config{ServerName: name, MinFree: cmp.Or(int64(cfg.number("min-free"))<<20, -1), PublicKeys: publicKeys,
-		KeepLogs: get[time.Duration](cfg, "keep-logs"), Logger: log}
+	storeConfig := store.Config{ServerName: name, MinFree: cmp.Or(int64(cfg.number("min-free"))<<20, -1),
+		KeepLogs: get[time.Duration](cfg, "keep-logs"), PublicKeys: publicKeys, Logger: log}
 	builds := server.BuildsConfig{CPUs: cfg.number("default-cpu"), MemoryMiB: cfg.number("default-mem"),
-		MaxMemoryMiB: cfg.number("max-mem"), ScratchMiB: cfg.number("scratch"), Logger: log,
+		MaxMemoryMiB: cfg.number("max-mem"), ScratchMiB: cfg.number("scratch"), Logger: log, Generation: cfg.number("sandbox-generation"),
 		Room:   server.Room{Guests: cfg.number("max-guests"), MemoryMiB: cfg.number("memory")},
 		Limits: server.Limits{MaxLogSize: int64(cfg.number("max-log-size"))}}
 	front := server.Config{Version: server.Version(), Logger: log, TempDir: filepath.Join(state, "tmp"), Ciphers: cfg.list("ciphers"), MaxUnauthenticated: cfg.number("max-unauthenticated"),

@@ -46,6 +46,9 @@ type BuildsConfig struct {
 	// Retries is the most that max-build-restarts can ask for: how often a build
 	// is tried again after a transient end. Zero is no bound, negative is never.
 	Retries int
+	// Generation is the operator's part of the sandbox generation: failures of
+	// runs with another one are not reused.
+	Generation int
 	// Substituter fetches from caches what would have to be built or uploaded;
 	// nil if there is none.
 	Substituter substituter

@@ -236,14 +236,23 @@ func (f *finder) timeout(ctx context.Context) (*storedEnd, error) {
 // generation is the sandbox generation that a run would have now. After a start
 // it takes a moment to be known.
 func (b *Builds) generation(ctx context.Context) (string, error) {
-	if g := b.cfg.Runner.Generation(); g != "" {
+	if g := b.sandbox(); g != "" {
 		return g, nil
 	}
 	if _, err := b.cfg.Runner.Qualify(ctx, false); err != nil {
 		// A run would meet the same, and say so.
 		b.cfg.Logger.Warn("sandbox generation is not known; failures are not reused", "err", err)
 	}
-	return b.cfg.Runner.Generation(), ctx.Err()
+	return b.sandbox(), ctx.Err()
+}
+
+// sandbox is the sandbox generation as far as it is known now; "" if it is not.
+func (b *Builds) sandbox() string {
+	g := b.cfg.Runner.Generation()
+	if g != "" && b.cfg.Generation != 0 {
+		g += fmt.Sprintf("/operator:%d", b.cfg.Generation)
+	}
+	return g
 }
 
 // useStored answers a request with a stored end.

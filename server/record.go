@@ -131,7 +131,7 @@ func (b *Builds) startRecord(a *attempt) error {
 	r.record.Started = time.Now()
 	r.record.CPUs = a.cpus
 	r.record.MemoryMiB = a.memoryMiB
-	r.record.Generation = b.cfg.Runner.Generation()
+	r.record.Generation = b.sandbox()
 	if a.before == nil && a.job.mode == nixproto.BuildNormal {
 		if err := b.writeRecipe(a); err != nil {
 			return err
