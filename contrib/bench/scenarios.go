@@ -22,7 +22,7 @@ type bench struct {
 
 	store     string // the client's
 	tools     string
-	bigPaths  []string // one for each round, so that none is there already
+	bigPaths  map[int][]string // by number; each is made when it is first needed
 	smallSets [][]string
 }
 
@@ -36,13 +36,13 @@ type scenario struct {
 func (b *bench) scenarios() []scenario {
 	return []scenario{
 		{fmt.Sprintf("upload of one path of %d MiB", b.big>>20), func(b *bench, m *machine, round int) (func() error, error) {
-			return b.upload(m, "ssh-ng", b.bigPaths[round:round+1]), nil
+			return b.uploadBig(m, "ssh-ng", round)
 		}, 0},
 		{fmt.Sprintf("upload of one path of %d MiB, ssh://", b.big>>20), func(b *bench, m *machine, round int) (func() error, error) {
-			return b.upload(m, "ssh", b.bigPaths[b.rounds+round:b.rounds+round+1]), nil
+			return b.uploadBig(m, "ssh", b.rounds+round)
 		}, 0},
 		{fmt.Sprintf("download of one path of %d MiB", b.big>>20), func(b *bench, m *machine, round int) (func() error, error) {
-			return b.download(m, b.bigPaths[round:round+1])
+			return b.downloadBig(m, round)
 		}, 0},
 		{fmt.Sprintf("upload of %d small paths", b.small), func(b *bench, m *machine, round int) (func() error, error) {
 			return b.upload(m, "ssh-ng", b.smallSets[round]), nil
@@ -75,8 +75,44 @@ func (b *bench) upload(m *machine, scheme string, paths []string) func() error {
 	}
 }
 
-// download copies into a store that has nothing.
+// uploadBig uploads a big path that is not there yet.
+func (b *bench) uploadBig(m *machine, scheme string, number int) (func() error, error) {
+	paths, err := b.bigPath(number)
+	return b.upload(m, scheme, paths), err
+}
+
+// downloadBig downloads a big path.
+func (b *bench) downloadBig(m *machine, number int) (func() error, error) {
+	paths, err := b.bigPath(number)
+	if err != nil {
+		return nil, err
+	}
+	return b.download(m, paths)
+}
+
+// bigPath returns a path of the client's store.
+func (b *bench) bigPath(number int) ([]string, error) {
+	if paths := b.bigPaths[number]; paths != nil {
+		return paths, nil
+	}
+	name := filepath.Join(b.dir, fmt.Sprintf("big-%d", number))
+	if err := writeRandom(name, b.big); err != nil {
+		return nil, err
+	}
+	paths, err := b.add(&machine{dir: b.dir}, []string{name})
+	if err != nil {
+		return nil, err
+	}
+	b.bigPaths[number] = paths
+	return paths, os.Remove(name)
+}
+
+// download copies into a store that has nothing what is uploaded before, unless
+// it was.
 func (b *bench) download(m *machine, paths []string) (func() error, error) {
+	if err := b.upload(m, "ssh-ng", paths)(); err != nil {
+		return nil, err
+	}
 	to, err := os.MkdirTemp(b.dir, "download-*")
 	return func() error {
 		_, err := m.nix(b.store, append([]string{"nix", "copy", "--no-check-sigs", "--from", "ssh-ng://bench", "--to", to}, paths...)...)
@@ -145,6 +181,7 @@ func tinyGraph(b *bench, m *machine, round int) (func() error, error) {
 
 // prepare fills the client's store.
 func (b *bench) prepare() error {
+	b.bigPaths = make(map[int][]string)
 	b.store, b.tools = filepath.Join(b.dir, "client"), filepath.Join(b.dir, "tools")
 	m := &machine{dir: b.dir} // Nix without a machine
 	if err := os.MkdirAll(b.tools, 0o755); err != nil {
@@ -158,18 +195,6 @@ func (b *bench) prepare() error {
 		return err
 	}
 	for i := range 2 * b.rounds {
-		big := filepath.Join(b.dir, fmt.Sprintf("big-%d", i))
-		if err := writeRandom(big, b.big); err != nil {
-			return err
-		}
-		paths, err := b.add(m, []string{big})
-		if err != nil {
-			return err
-		}
-		b.bigPaths = append(b.bigPaths, paths...)
-		if err := os.Remove(big); err != nil {
-			return err
-		}
 		var files []string
 		for n := range b.small {
 			name := filepath.Join(b.dir, "small", fmt.Sprintf("%d-%d", i, n))
@@ -178,7 +203,8 @@ func (b *bench) prepare() error {
 			}
 			files = append(files, name)
 		}
-		if paths, err = b.add(m, files); err != nil {
+		paths, err := b.add(m, files)
+		if err != nil {
 			return err
 		}
 		b.smallSets = append(b.smallSets, paths)
