@@ -48,7 +48,7 @@ var serveSettings = []setting{
 	{"max-log-size", uint(1 << 30), "bytes of log after which a build is ended; 0 for no limit"},
 	{"allow-addresses", "", "addresses that are not public and that accounts may name for caches: networks (CIDR), addresses, host[:port]; commas between them"},
 	{"public-cache-keys", defaultPublicKeys, "public keys of caches, name:base64: what one of them signed may be used by every account that trusts it, whoever brought it"},
-	{"min-free", uint(1024), "MiB of disk that uploads, outputs and logs leave free"},
+	{"min-free", uint(1024), "MiB of disk that uploads, outputs and logs leave free; 0 for none"},
 	{"keep-logs", 90 * 24 * time.Hour, "how long logs of builds are kept, 0 for ever; the oldest go earlier where less than twice --min-free is left"},
 	{"drain-timeout", 10 * time.Minute, "how long running builds may go on after SIGTERM"},
 	{"sandbox-generation", uint(0), "raised, it has failures of before run again instead of being reused"},

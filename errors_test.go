@@ -2,9 +2,14 @@ package main
 
 import (
 	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"nbd/server/settings"
 	"nbd/store"
 )
 
@@ -16,6 +21,13 @@ func TestErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer st.Close()
+	file := func(text string) string {
+		name := filepath.Join(t.TempDir(), "nbd.toml")
+		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return name
+	}
 	for _, c := range []struct {
 		args   string
 		status int
@@ -30,6 +42,10 @@ func TestErrors(t *testing.T) {
 		{"serve --ssh-listen 127.0.0.1:0 --state " + t.TempDir() + " --qemu /no/qemu", 1, "/no/qemu", "apt install"},
 		{"serve --ssh-listen 127.0.0.1:0 --state " + locked, 1, "in use by another nbd", "--state"},
 		{"serve --ssh-listen 127.0.0.1 --state " + t.TempDir(), 1, "missing port", "--ssh-listen"},
+		{"serve --config " + file("[settings]\ntime = 7\n"), 1, `[settings]: there is no setting "time"`, "nbd admin settings"},
+		{"serve --config " + file("[sections]\n"), 1, "there is no section but [settings]", ""},
+		{"admin settings a b", 2, "one NAME", "nbd help"},
+		{"admin token create alice --state " + t.TempDir(), 2, "--name", "nbd help"},
 		{"admin status --state " + t.TempDir(), 1, "no server runs", "nbd serve"},
 	} {
 		var stderr bytes.Buffer
@@ -40,6 +56,39 @@ func TestErrors(t *testing.T) {
 		if !strings.Contains(text, c.names) || !strings.Contains(hint, c.hint) || (hint == "") != (c.hint == "") ||
 			strings.Contains(strings.TrimSpace(text), "\n") || hint != "" && strings.Contains(text, strings.TrimSpace(hint)) {
 			t.Errorf("%s:\n%s", c.args, stderr.String())
+		}
+	}
+}
+
+// TestUnknownVariables: what is misspelt in the server's environment is told,
+// and what is no setting of a command does not reach it.
+func TestUnknownVariables(t *testing.T) {
+	got := unknownVariables([]string{"NBD_SSH_LISTEN=x", "NBD_SSH_LISSTEN=x", "HOME=/", "NBD_STATE=", "NBD_KERNEL=", "NBD_HOST=x"})
+	if want := []string{"NBD_HOST", "NBD_SSH_LISSTEN"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	t.Setenv("NBD_HOST", "other.example")
+	t.Setenv("NBD_FOR", "windows")
+	cmd := setupCommand()
+	cfg := &config{flags: cmd.Flags()}
+	if err := cfg.load(); err != nil || cfg.text("host") != "" || cfg.text("for") != "nix.conf" {
+		t.Errorf("%v; host %q for %q", err, cfg.text("host"), cfg.text("for"))
+	}
+}
+
+// TestReadmeSettings: the README lists every setting of accounts as it is.
+func TestReadmeSettings(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range settings.All() {
+		value := s.Default
+		if value != "" {
+			value = "`" + value + "`"
+		}
+		if row := fmt.Sprintf("| `%s` | %s | %s | %s |\n", s.Name, value, s.Usage, s.Scope); !strings.Contains(string(readme), row) {
+			t.Errorf("README.md lacks %s", row)
 		}
 	}
 }
