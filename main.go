@@ -187,8 +187,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		KeepLogs: get[time.Duration](cfg, "keep-logs"), PublicKeys: publicKeys, Logger: log}
 	builds := server.BuildsConfig{CPUs: cfg.number("default-cpu"), MemoryMiB: cfg.number("default-mem"),
 		MaxMemoryMiB: cfg.number("max-mem"), ScratchMiB: cfg.number("scratch"), Logger: log, Generation: cfg.number("sandbox-generation"),
-		Room:   server.Room{Guests: cfg.number("max-guests"), MemoryMiB: cfg.number("memory")},
-		Limits: server.Limits{MaxLogSize: int64(cfg.number("max-log-size"))}}
+		Room: server.Room{Guests: cfg.number("max-guests"), MemoryMiB: cfg.number("memory")}}
 	front := server.Config{Version: server.Version(), Logger: log, TempDir: filepath.Join(state, "tmp"), Ciphers: cfg.list("ciphers"), MaxUnauthenticated: cfg.number("max-unauthenticated"),
 		Settings: cfg.systemSettings(), TrustedKeys: publicKeys,
 		HandshakeTimeout: get[time.Duration](cfg, "handshake-timeout"), KeepAlive: get[time.Duration](cfg, "keep-alive")}
