@@ -31,7 +31,8 @@ type apiCommand struct {
 	// need is the permission without which it is refused, "" for none.
 	need Permission
 	// run does it. The value that it returns is JSON-ready, or an apiSeq of such
-	// values, or an io.ReadCloser of bytes that are passed on as they are.
+	// values, or an io.ReadCloser of bytes that are passed on as they are, or an
+	// *attached.
 	run func(ctx context.Context, c *apiCall) (any, error)
 	// text renders a value of run for people. A command whose value is a stream
 	// of bytes needs none.
@@ -355,6 +356,7 @@ func apiCommands() []apiCommand {
 	commandTable.once.Do(func() {
 		commandTable.list = slices.Concat(
 			buildCommands(),
+			controlCommands(),
 			summaryCommands(),
 			settingsCommands(),
 			keyCommands(),

@@ -33,9 +33,6 @@ func buildCommands() []apiCommand {
 			text: listText(buildHead, "no builds", printBuildRow)},
 		{name: "builds show", args: "ID", need: BuildRead, run: showBuild,
 			help: "show one build", text: textOf(printBuild), complete: completeBuild},
-		{name: "builds log", args: "ID", need: BuildRead, run: buildLog,
-			help: "print the log of a build, live while it runs", complete: completeBuild,
-			more: "On a pipe, and with api, the bytes are those that the builder wrote."},
 		{name: "why", args: "ID", need: BuildRead, run: why, text: textOf(printWhy), complete: completeBuild,
 			help: "say how a request for a build was answered, and why",
 			more: "Each check has a line, in their order; the one that decided is marked."},
@@ -194,13 +191,13 @@ func listBuilds(ctx context.Context, c *apiCall) (any, error) {
 
 // build returns the build of the account that the first argument names.
 func (c *apiCall) build(ctx context.Context) (*store.Build, error) {
-	id, err := strconv.ParseUint(c.args[0], 10, 64)
+	id, err := c.buildID()
 	if err != nil {
-		return nil, usagef("%q is not the id of a build, which is a number", clip(c.args[0]))
+		return nil, err
 	}
-	b, err := c.server.ownBuild(ctx, c.account(), store.BuildID(id))
+	b, err := c.server.ownBuild(ctx, c.account(), id)
 	if errors.Is(err, store.ErrNotFound) {
-		return nil, noBuild(store.BuildID(id))
+		return nil, noBuild(id)
 	}
 	return b, err
 }
@@ -214,22 +211,6 @@ func showBuild(ctx context.Context, c *apiCall) (any, error) {
 		return nil, err
 	}
 	return c.server.newAPIBuild(ctx, b, time.Now())
-}
-
-func buildLog(ctx context.Context, c *apiCall) (any, error) {
-	b, err := c.build(ctx)
-	if err != nil {
-		return nil, err
-	}
-	id := b.ID
-	if b.LogOf != 0 {
-		id = b.LogOf
-	}
-	log, err := c.server.store.OpenBuildLog(ctx, id)
-	if errors.Is(err, store.ErrNotFound) {
-		return nil, notFoundf("build %d has no log", b.ID)
-	}
-	return log, err
 }
 
 const buildHead = "BUILD     CREATED              STATUS               TIME     CPU  DERIVATION"
@@ -303,11 +284,16 @@ func printWhy(w io.Writer, why apiWhy) error {
 }
 
 // completeBuild completes the id of a build.
-func completeBuild(ctx context.Context, c *apiCall, args []string) (ids []string) {
+func completeBuild(ctx context.Context, c *apiCall, args []string) []string {
+	return completeBuilds(ctx, c, args, store.BuildFilter{Limit: shellBuilds})
+}
+
+// completeBuilds completes the id of a build that f selects.
+func completeBuilds(ctx context.Context, c *apiCall, args []string, f store.BuildFilter) (ids []string) {
 	if len(args) != 1 || !c.Client.Can(BuildRead) {
 		return nil
 	}
-	for b, err := range c.server.builds(ctx, c.account(), store.BuildFilter{Limit: shellBuilds}) {
+	for b, err := range c.server.builds(ctx, c.account(), f) {
 		if err != nil {
 			return nil
 		}

@@ -12,6 +12,16 @@ import (
 // line.
 func writeAnswer(w io.Writer, v any) error {
 	switch v := v.(type) {
+	case *attached:
+		defer v.log.Close()
+		if _, err := io.Copy(io.Discard, v.log); err != nil {
+			return err
+		}
+		b, err := v.end()
+		if err != nil {
+			return err
+		}
+		return writeAnswer(w, b)
 	case io.ReadCloser:
 		defer v.Close()
 		_, err := io.Copy(w, v)

@@ -55,7 +55,7 @@ func NewDaemon(ctx context.Context, cfg DaemonConfig) (*Daemon, error) {
 		cancel()
 		return nil, err
 	}
-	cfg.Server.HostKey, cfg.Server.Builder = key, d.builds
+	cfg.Server.HostKey, cfg.Server.Builder, cfg.Server.Control = key, d.builds, d.builds
 	d.cfg.Server = cfg.Server
 	if d.server, err = New(cfg.Server); err != nil {
 		cancel()

@@ -57,6 +57,9 @@ type Config struct {
 	Builder Builder
 	// Substituter fetches paths from caches; nil: nothing does.
 	Substituter *Substituter
+	// Control acts on builds for the shell and api; nil: builds are only looked
+	// at. It is usually the Builder.
+	Control BuildControl
 	// Version is shown to clients behind "nbd "; default "devel".
 	Version string
 	// TrustedKeys are the operator's public keys of caches: a signature in the

@@ -144,8 +144,18 @@ const exitInterrupted = 130
 
 // print writes the value of a command as text.
 func (ss *session) print(w io.Writer, cmd *apiCommand, v any) error {
-	if bytes, ok := v.(io.ReadCloser); ok {
-		return ss.printBytes(w, bytes)
+	switch value := v.(type) {
+	case io.ReadCloser:
+		return ss.printBytes(w, value)
+	case *attached:
+		if err := ss.printBytes(w, value.log); err != nil {
+			return err
+		}
+		b, err := value.end()
+		if err != nil {
+			return err
+		}
+		v = b
 	}
 	clean := newCleanWriter(w, false)
 	out := bufio.NewWriterSize(clean, arrayChunk)
