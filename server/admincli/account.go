@@ -11,7 +11,8 @@ import (
 )
 
 func (a *flags) account() *cobra.Command {
-	return group("account", "Accounts: add, list, remove, link, unlink", a.accountAdd(), a.accountList(), a.accountRemove(), a.link(), a.unlink())
+	return group("account", "Accounts: add, list, remove, link, unlink", a.accountAdd(), a.accountList(),
+		completing(a.accountRemove(), a.accountNames(1)), completing(a.link(), a.accountNames(2)), completing(a.unlink(), a.accountNames(2)))
 }
 
 func (a *flags) accountAdd() *cobra.Command {

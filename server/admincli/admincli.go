@@ -57,6 +57,29 @@ func (a *flags) print(cmd *cobra.Command, v any, text func(w io.Writer)) error {
 	return w.Flush()
 }
 
+// accountNames completes arguments that are names of accounts, up to most of them.
+func (a *flags) accountNames(most int) cobra.CompletionFunc {
+	return func(cmd *cobra.Command, args []string, _ string) (names []string, _ cobra.ShellCompDirective) {
+		if len(args) >= most {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		list, err := a.client().Accounts(cmd.Context())
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveError
+		}
+		for _, acc := range list {
+			names = append(names, acc.Name)
+		}
+		return names, cobra.ShellCompDirectiveNoFileComp
+	}
+}
+
+// completing gives a command what completes its arguments.
+func completing(cmd *cobra.Command, f cobra.CompletionFunc) *cobra.Command {
+	cmd.ValidArgsFunction = f
+	return cmd
+}
+
 // A UsageError is a command line that cannot be understood.
 type UsageError struct{ Err error }
 

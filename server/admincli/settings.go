@@ -48,6 +48,9 @@ func (a *flags) settings() *cobra.Command {
 		cmd.Flags().StringVar(&change.Value, op.name, "", op.usage)
 	}
 	cmd.MarkFlagsMutuallyExclusive("show", "reset", "set", "add", "remove")
+	if err := cmd.RegisterFlagCompletionFunc("account", a.accountNames(1<<10)); err != nil {
+		panic(err) // there is no such flag
+	}
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		for _, name := range []string{"set", "add", "remove", "reset"} {
 			if cmd.Flags().Changed(name) {

@@ -13,7 +13,8 @@ import (
 )
 
 func (a *flags) token() *cobra.Command {
-	return group("token", "Tokens of accounts: create, list, revoke", a.tokenCreate(), a.tokenList(), a.tokenRevoke())
+	return group("token", "Tokens of accounts: create, list, revoke",
+		completing(a.tokenCreate(), a.accountNames(1)), completing(a.tokenList(), a.accountNames(1)), completing(a.tokenRevoke(), a.accountNames(1)))
 }
 
 func (a *flags) tokenCreate() *cobra.Command {
