@@ -47,12 +47,20 @@ func crashChild(dir, round string) error {
 	if err != nil {
 		return err
 	}
+	bob, err := s.AccountByName(ctx, "bob")
+	if errors.Is(err, store.ErrNotFound) {
+		bob, err = s.AddAccount(ctx, "bob")
+	}
+	if err != nil {
+		return err
+	}
 	var wg sync.WaitGroup
-	errs := make(chan error, 4)
+	errs := make(chan error, 5)
 	for worker := range 3 {
 		wg.Go(func() { errs <- crashUploads(s, a.ID, fmt.Sprintf("%s-%d", round, worker)) })
 	}
 	wg.Go(func() { errs <- crashDeletes(s, a.ID, round) })
+	wg.Go(func() { errs <- crashBorrows(s, a.ID, bob.ID, round) })
 	err = <-errs
 	wg.Wait()
 	return err
@@ -84,6 +92,45 @@ func crashUploads(s *store.Store, a store.AccountID, name string) error {
 			return err
 		}
 		fmt.Print(said.String())
+	}
+}
+
+// crashBorrows lets alice upload a path with a dependency, bob one that refers
+// to it, which adopts both, and alice delete hers again.
+func crashBorrows(s *store.Store, alice, bob store.AccountID, round string) error {
+	upload := func(v *store.Sight, content string, refs ...nixproto.StorePath) (nixproto.StorePath, error) {
+		u, err := v.NewUpload(ctx, store.UploadOptions{})
+		if err != nil {
+			return "", err
+		}
+		defer u.Abort()
+		nar := storetest.File(content, false)
+		info := storetest.Source("lent", nar, refs...)
+		if err := u.Add(info, bytes.NewReader(nar)); err != nil {
+			return "", err
+		}
+		return info.Path, u.Commit()
+	}
+	for i := 0; ; i++ {
+		own := s.NewSight(alice, store.Trust{})
+		borrowing := s.NewSight(bob, store.Trust{Linked: []store.AccountID{alice}})
+		name := fmt.Sprintf("%s %d %*d", round, i, 70000*(i%2), 0)
+		dep, err := upload(own, "dep "+name)
+		if err != nil {
+			return err
+		}
+		lent, err := upload(own, "lent "+name, dep)
+		if err != nil {
+			return err
+		}
+		mine, err := upload(borrowing, "mine "+name, lent)
+		if err != nil {
+			return err
+		}
+		fmt.Printf("adopted %s\nadopted %s\nadopted %s\n", mine, lent, dep)
+		if _, err := s.Delete(ctx, alice, lent, dep); err != nil {
+			return err
+		}
 	}
 }
 
@@ -138,8 +185,18 @@ func TestCrash(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		bob, err := s.AccountByName(ctx, "bob")
+		if err != nil {
+			t.Fatal(err)
+		}
 		have := 0
 		for p, want := range state {
+			if want == "adopted" {
+				if _, err := s.Info(ctx, bob.ID, p); err != nil {
+					t.Errorf("round %d: %s was acknowledged as %s: %v", round, p, want, err)
+				}
+				continue
+			}
 			_, err := s.Info(ctx, a.ID, p)
 			if want == "have" && err != nil || want == "gone" && !errors.Is(err, store.ErrNotFound) {
 				t.Errorf("round %d: %s was acknowledged as %s: %v", round, p, want, err)
