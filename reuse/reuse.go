@@ -25,20 +25,41 @@
 // References are claims of whoever uploaded a path, reach builders and checks,
 // and are part of the key for that reason.
 //
+// That also answers why those who share need not trust each other. An output
+// that comes by an equal key is what the asking account's own run could have
+// made, of bytes that this account brought or was lent; no claim of whoever ran
+// it enters, only what its builder wrote in a guest that it does not control
+// from outside. What an account could do to poison a key is what every builder
+// can do anyway: be a derivation with those inputs whose outputs differ from run
+// to run. The name, the signatures and the page of the account that ran it stay
+// its own; whoever is answered signs for itself.
+//
 // The third is outside the key on purpose. Builds are expected to give an
 // equally good output for another kernel, time or number of CPUs, just as they
 // are between two machines of one owner. For failures that is not so: they
 // carry a sandbox generation beside the key and are void when it changes.
 //
+// The same holds while a run is under way: a Flight is one run under a key, and
+// whoever asks for an equal key waits for it, in its Scope: that of everybody
+// who shares, or one account's. A success counts for all who wait, and so does a
+// permanent failure, of this sandbox as it is; an end of ours counts for nobody.
+// Limits are not in the key: who waits is judged by its own.
+//
 // # What would break it
 //
 //   - A closure that lacks a path the builder sees, or an input whose record
 //     changes between computing the key and running: take both from one view of
-//     the store and hold a lease meanwhile.
+//     the store and hold a lease meanwhile. The server takes them one after the
+//     other, and compares the key with that of what it is about to run.
 //   - A field of Derivation that reaches the guest and is not hashed. Add it to
 //     NewKey and raise the version.
 //   - Session settings or the account's name in the environment of a builder.
 //   - The network of fixed-output derivations. Their success is checked against
 //     the hash in the derivation, their failure is never reused.
-//   - Runs that were starved or disturbed: Status.Reusable.
+//   - Runs that were starved or disturbed, or that a limit ended: only Permanent
+//     ends are truths about a build. A processor that is emulated may kill a
+//     builder that a real one would not (signals of such an end are not reused).
+//   - A result whose bytes are not those that were stored: bytes are named by
+//     their hash, held while they are granted, and do not count once they are
+//     gone.
 package reuse
