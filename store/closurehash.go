@@ -69,35 +69,42 @@ func (b *burst) hashClosures() error {
 	if !ok {
 		return nil
 	}
-	sums := make(map[nixproto.StorePath]nixproto.ClosureHash, len(b.added))
-	want := func(p nixproto.StorePath) (*record, error) {
+	others := make(map[nixproto.StorePath]sum) // of the view
+	var failed error
+	lookup := func(p nixproto.StorePath) (nixproto.ClosureHash, bool) {
 		if rec := b.added[p]; rec != nil {
-			return rec, nil
+			return nixproto.ClosureHash(rec.closure), rec.closure != sum{}
 		}
-		h, ok, err := r.closureHash(b.req.account, p, epoch)
-		if ok {
-			sums[p] = nixproto.ClosureHash(h)
+		h, seen := others[p]
+		if !seen {
+			var err error
+			if h, _, err = r.closureHash(b.req.account, p, epoch); err != nil {
+				failed = err
+			}
+			others[p] = h
 		}
-		return &record{PathInfo: nixproto.PathInfo{Path: p}}, err
+		return nixproto.ClosureHash(h), h != sum{}
 	}
-	roots := make([]nixproto.StorePath, len(b.req.paths))
-	for i, rec := range b.req.paths {
-		roots[i] = rec.Path
+	// Almost always what a path refers to comes before it.
+	for progress := true; progress && failed == nil; {
+		var left bool
+		progress = false
+		for _, list := range [][]*record{b.req.adopted, b.req.paths} {
+			for _, rec := range list {
+				if rec.closure != (sum{}) {
+					continue
+				}
+				h, err := rec.HashClosure(lookup)
+				if err != nil { // of a reference it is not known, or not yet
+					left = true
+					continue
+				}
+				rec.closure, rec.epoch, progress = sum(h), epoch, true
+			}
+		}
+		progress = progress && left
 	}
-	return walk(context.Background(), roots, want, func(rec *record) {
-		if b.added[rec.Path] != rec {
-			return
-		}
-		h, err := rec.HashClosure(func(p nixproto.StorePath) (nixproto.ClosureHash, bool) {
-			h, ok := sums[p]
-			return h, ok
-		})
-		if err != nil { // of a reference it is not known
-			return
-		}
-		sums[rec.Path] = h
-		rec.closure, rec.epoch = sum(h), epoch
-	})
+	return failed
 }
 
 // InputRoots returns those of the paths in the closure of inputs that no other
