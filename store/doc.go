@@ -9,10 +9,23 @@
 // realisations, uploaded logs) is the record of one account's view of it; two
 // accounts may hold different content for one path. Below the views, content
 // is named by the SHA-256 of its NAR alone, and equal bytes are stored once.
-// No method answers about one view from another.
 //
 // A path in a view always has its whole closure in the view: Add and Register
-// demand the references, Delete and GC refuse what is referred to.
+// demand the references, Delete and GC refuse what is referred to. What is in a
+// view keeps its content until it is deleted or repaired.
+//
+// # What accounts lend each other
+//
+// No method of Store answers about one view from another. A Sight does: it is
+// what one account may use by a Trust, which says with whom it is linked, whose
+// signatures count for it, and who offers what is signed (sight.go). Nothing of
+// it is stored: a lent path is looked up in the lender's view whenever somebody
+// asks, its signatures are verified over the record that is there then, and it
+// is chosen only with its whole closure (choose.go). What the lender holds, and
+// how he deletes it, never depends on who borrows: a session's choices keep the
+// bytes by pins, not the lender's path by a lease. Lent content enters the own
+// view when something there refers to it, with its closure, in the commit of
+// what refers to it (adopt.go).
 //
 // # The state directory
 //
