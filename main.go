@@ -87,6 +87,8 @@ func hintOf(err error) string {
 		return "stop that one, or give this one a directory of its own with --state"
 	case errors.Is(err, store.ErrTooNew):
 		return "start the newer nbd, or name another directory with --state"
+	case errors.Is(err, store.ErrDamaged):
+		return "put the state directory back from a backup, or name another one with --state: accounts and paths are in its nbd.db"
 	case errors.As(err, &usage):
 		return "see `nbd help`, or --help after any command"
 	}

@@ -26,7 +26,7 @@ func Doctor(ctx context.Context, guests vm.Config, w io.Writer) error {
 	d.server(ctx, guests.StateDir)
 	d.guests(ctx, guests)
 	if d.wrong > 0 {
-		return fmt.Errorf("%d things are wrong", d.wrong)
+		return fmt.Errorf("what is wrong: %d of the above", d.wrong)
 	}
 	return nil
 }

@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 
 	gossh "golang.org/x/crypto/ssh"
+
+	"nbd/server/adminapi"
 )
 
 // HostKeyFile is the name of the host key in the state directory; its public
@@ -30,7 +32,8 @@ func LoadHostKey(stateDir string) (gossh.Signer, error) {
 	}
 	key, err := gossh.ParsePrivateKey(text)
 	if err != nil {
-		return nil, fmt.Errorf("load host key: parse %s: %w", name, err)
+		return nil, &adminapi.HintError{Err: fmt.Errorf("load host key: parse %s: %w", name, err),
+			Hint: "put it back from a backup; or remove it and " + HostKeyFile + ".pub: a new one is made, which all clients have to be told (nbd setup)"}
 	}
 	pub := gossh.MarshalAuthorizedKey(key.PublicKey())
 	if _, err := os.Stat(name + ".pub"); errors.Is(err, fs.ErrNotExist) {

@@ -194,8 +194,11 @@ func putCheckpoint(tx *bolt.Tx, at place) error {
 
 // databaseError turns the errors of bbolt that mean something to callers.
 func databaseError(err error) error {
-	if errors.Is(err, berrors.ErrDatabaseNotOpen) {
+	switch {
+	case errors.Is(err, berrors.ErrDatabaseNotOpen):
 		return ErrClosed
+	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrChecksum), errors.Is(err, berrors.ErrVersionMismatch):
+		return fmt.Errorf("nbd.db is %w: %w", ErrDamaged, err)
 	}
 	return diskError(err)
 }

@@ -254,7 +254,7 @@ func findShell(configured string) (string, error) {
 	if len(dynamic) > 0 {
 		what = dynamic[0] + " is not statically linked and cannot be the /bin/sh of builds"
 	}
-	return "", &MissingError{What: what, Hint: "Debian: apt install busybox-static; or name one with the setting busybox"}
+	return "", &MissingError{What: what, Hint: "Debian: apt install busybox-static; or name one with --sandbox-shell"}
 }
 
 // bootPrefix starts the names of boot files, which have one for a moment.
