@@ -123,18 +123,25 @@ func TestJoinedRunIsHandedOver(t *testing.T) {
 	}
 }
 
+// liveOf returns the requests of an account that are not answered.
+func (bt *buildTest) liveOf(a store.AccountID) (ids []store.BuildID) {
+	bt.live.mu.Lock()
+	defer bt.live.mu.Unlock()
+	for id, r := range bt.live.m {
+		if r.job.account == a {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
 func TestCancel(t *testing.T) {
 	bt := newBuildTest(t, nil)
 	alice, bob := bt.alice(), bt.party("bob")
 	req, open := gated(bt)
 	_, first, _ := alice.start(req)
 	_, second, _ := bob.start(req)
-	var ids []store.BuildID
-	for id, r := range bt.live.m {
-		if r.job.account == alice.ID {
-			ids = append(ids, id)
-		}
-	}
+	ids := bt.liveOf(alice.ID)
 	if len(ids) != 1 {
 		t.Fatalf("live %v", ids)
 	}
@@ -157,7 +164,7 @@ func TestCancel(t *testing.T) {
 	bt2 := newBuildTest(t, nil)
 	req, _ = gated(bt2)
 	_, done, _ := bt2.alice().start(req)
-	for id := range bt2.live.m {
+	for _, id := range bt2.liveOf(bt2.account.ID) {
 		if err := bt2.Cancel(t.Context(), bt2.account.ID, id, ""); err != nil {
 			t.Fatal(err)
 		}

@@ -220,3 +220,123 @@ func TestQueueLeave(t *testing.T) {
 		}
 	})
 }
+
+// A build for which several accounts wait has the best of their places, and
+// starts with the most that one of them wants and that is free.
+func TestQueueOfSharedBuilds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		qt := newQueueTest(t, Room{Guests: 1, MemoryMiB: 100, CPUs: 100})
+		qt.ask(t.Context(), "a0", 1, small)
+		qt.ask(t.Context(), "a1", 1, small)
+		qt.ask(t.Context(), "a2", 1, small)
+		// The build of account 1 that is last in its queue gets company.
+		var mu sync.Mutex
+		members := []want{{account: 1, build: 7, need: Room{Guests: 1, MemoryMiB: 10, CPUs: 1}}}
+		changed := make(chan struct{})
+		wants := func() ([]want, <-chan struct{}) {
+			mu.Lock()
+			defer mu.Unlock()
+			return slices.Clone(members), changed
+		}
+		change := func(list ...want) {
+			mu.Lock()
+			members = list
+			old := changed
+			changed = make(chan struct{})
+			mu.Unlock()
+			close(old)
+			synctest.Wait()
+		}
+		var got want
+		qt.wg.Go(func() {
+			w, release, err := qt.q.acquire(t.Context(), wants, func(queuePlace) {})
+			qt.mu.Lock()
+			defer qt.mu.Unlock()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			got = w
+			qt.order = append(qt.order, "shared")
+			qt.release["shared"] = release
+		})
+		synctest.Wait()
+		first := members[0]
+		second := want{account: 2, build: 8, need: Room{Guests: 1, MemoryMiB: 50, CPUs: 4}}
+		never := want{account: 3, build: 9, need: Room{Guests: 1, MemoryMiB: 1000, CPUs: 4}}
+		place := func(build store.BuildID) int {
+			for _, b := range qt.q.waiting() {
+				if b.Build == build {
+					return b.Ahead
+				}
+			}
+			return -1
+		}
+		if place(7) != 2 {
+			t.Errorf("place %d alone", place(7))
+		}
+		change(first, second, never)
+		if place(7) != 0 || place(8) != 0 || place(9) != -1 {
+			t.Errorf("places %d, %d, %d", place(7), place(8), place(9))
+		}
+		change(first) // the second one leaves
+		if place(7) != 2 || place(8) != -1 {
+			t.Errorf("places %d, %d", place(7), place(8))
+		}
+		change(first, second)
+		if s := qt.q.status(); s.Waiting != 3 || s.Running != 1 {
+			t.Errorf("status %+v", s)
+		}
+		qt.end("a0")
+		qt.want("a0", "shared")
+		if got.account != 2 || got.need != second.need {
+			t.Errorf("it was given %+v", got)
+		}
+		qt.end("shared")
+		qt.end("a1")
+		qt.end("a2")
+		qt.want("a0", "shared", "a1", "a2")
+		if s := qt.q.status(); s.Free != s.Total || len(qt.q.accounts) != 0 {
+			t.Errorf("left: %+v", s)
+		}
+		qt.wg.Wait()
+	})
+}
+
+// A build that could start at once does so, though one who waits for it wants
+// more than is free.
+func TestQueueLargeWishDelaysNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		q := newQueue(Room{Guests: 10, MemoryMiB: 100, CPUs: 100})
+		_, release, err := q.acquire(t.Context(), one(1, Room{MemoryMiB: 60}), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, release2, err := q.acquire(t.Context(), func() ([]want, <-chan struct{}) {
+			return []want{{account: 1, need: Room{Guests: 1, MemoryMiB: 30}}, {account: 2, need: Room{Guests: 1, MemoryMiB: 80}}}, nil
+		}, nil)
+		if err != nil || got.need.MemoryMiB != 30 {
+			t.Errorf("got %+v, %v", got, err)
+		}
+		release()
+		release2()
+		if s := q.status(); s.Free != s.Total || len(q.accounts) != 0 {
+			t.Errorf("left: %+v", s)
+		}
+	})
+}
+
+func TestQueueClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		qt := newQueueTest(t, Room{Guests: 1, MemoryMiB: 10, CPUs: 10})
+		qt.ask(t.Context(), "runs", 1, small)
+		qt.ask(t.Context(), "waits", 2, small)
+		qt.q.close()
+		synctest.Wait()
+		qt.want("runs", "waits: "+errEnding.Error())
+		qt.end("runs")
+		qt.ask(t.Context(), "late", 1, small)
+		qt.want("runs", "waits: "+errEnding.Error(), "late: "+errEnding.Error())
+		qt.wg.Wait()
+	})
+}
