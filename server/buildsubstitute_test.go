@@ -103,6 +103,26 @@ func TestBuildFetchesInputs(t *testing.T) {
 	}
 }
 
+// What is fetched counts for max-storage, and is not fetched past it.
+func TestFetchWithinStorage(t *testing.T) {
+	c := newFakeCache(t)
+	bt := fetchingBuilds(t, c)
+	small, large := builtPath(t, "small", "small"), builtPath(t, "large", strings.Repeat("large", 1<<16))
+	c.add(t, nil, small, large)
+	values := settingsOf(c)
+	values["max-storage"] = "100000"
+	bt.book = newSettingsBook(values, bt.st, bt.session.Log)
+	s := bt.newSession(bt.account)
+	sink := newFakeSink()
+	have, err := bt.cfg.Substituter.Ensure(t.Context(), s, pathsOf([]testPath{large, small}), sink)
+	if err != nil || !slices.Equal(have, []nixproto.StorePath{small.Path}) {
+		t.Errorf("have %v, %v", have, err)
+	}
+	if len(sink.notes) != 1 || !strings.Contains(sink.notes[0], "max-storage") || c.count() != 1 {
+		t.Errorf("notes %q", sink.notes)
+	}
+}
+
 // A graph is built only as far as caches do not have it; asking says the same
 // and fetches nothing.
 func TestGraphFetches(t *testing.T) {

@@ -205,6 +205,9 @@ func New(cfg Config) (*Server, error) {
 		sessions:  map[*session]struct{}{},
 	}
 	s.trusts = &trusts{book: s.book}
+	if cfg.Substituter != nil {
+		s.storage = cfg.Substituter.storage
+	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.ssh = s.sshServer()
 	return s, nil

@@ -31,9 +31,10 @@ import (
 //
 // A nil Substituter finds nothing. Its methods are safe for concurrent use.
 type Substituter struct {
-	store  *store.Store
-	client *upstream.Client
-	log    *slog.Logger
+	store   *store.Store
+	client  *upstream.Client
+	log     *slog.Logger
+	storage *storageMeter // the Server's, too: what is fetched counts like what is brought
 
 	mu        sync.Mutex // guards what follows
 	downloads map[downloadKey]*download
@@ -49,6 +50,7 @@ func NewSubstituter(s *store.Store, client *upstream.Client, log *slog.Logger) *
 	}
 	return &Substituter{
 		store: s, client: client, log: log,
+		storage:   &storageMeter{sizes: s},
 		downloads: make(map[downloadKey]*download),
 		turns:     make(map[store.AccountID]*turns),
 		all:       make(chan struct{}, maxDownloads),

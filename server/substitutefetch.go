@@ -140,6 +140,9 @@ func (u *Substituter) bring(ctx context.Context, y *survey, o *offer) error {
 		return err
 	}
 	defer release()
+	if err := u.checkStorage(ctx, y.s, o.info.NarSize); err != nil {
+		return err
+	}
 	cache := y.caches[o.cache]
 	if y.log != nil {
 		defer y.log.StartCopy(o.path, cache.String())()
@@ -167,6 +170,22 @@ func (u *Substituter) bring(ctx context.Context, y *survey, o *offer) error {
 			return err
 		}
 	}
+}
+
+// checkStorage is session.checkStorage for what is fetched.
+func (u *Substituter) checkStorage(ctx context.Context, s *Session, n uint64) error {
+	if s.book == nil {
+		return nil
+	}
+	e := s.book.account(s.account())
+	if e.MaxStorage <= 0 {
+		return nil
+	}
+	ok, err := u.storage.add(ctx, s.account(), int64(min(n, 1<<62)), e.MaxStorage)
+	if err == nil && !ok {
+		err = refusef("account %s has not the room for it that its max-storage of %d bytes would allow", s.Client.Account.Name, e.MaxStorage)
+	}
+	return err
 }
 
 // begin joins the download of a key; first says that it is the caller's to make
