@@ -20,6 +20,14 @@ in
   any = run "any" extra script;
   # Differs each time that it really runs.
   random = run "random" { } "echo running; ${random} > $out";
+  # Copies what its input `dep` happens to hold; through one more path, and with
+  # dep as no direct input.
+  dep = run "dep" { } "${random} > $out";
+  top = run "top" { dep = run "dep" { } "${random} > $out"; } "busybox cat $dep > $out";
+  mid = run "mid" { dep = run "dep" { } "${random} > $out"; } "echo $dep > $out";
+  over = run "over" { mid = run "mid" { dep = run "dep" { } "${random} > $out"; } "echo $dep > $out"; } "busybox cat $(busybox cat $mid) > $out";
+  # Says which run it is, and fails.
+  marked = run "marked" { } "echo marker-$(${random})-of-run; exit 3";
   # n derivations that each need the one before.
   chain = chain (builtins.fromJSON n - 1);
   # n derivations that need nothing of each other, and one that needs them all.
