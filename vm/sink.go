@@ -180,7 +180,7 @@ func (s *Sink) beginLocked() error {
 	if err != nil {
 		return err
 	}
-	s.out, s.parser = out, new(nar.Parser)
+	s.out, s.parser = out, nar.NewParser(nar.Limits{EndOnly: true})
 	return nil
 }
 

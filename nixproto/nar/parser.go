@@ -15,6 +15,9 @@ type Limits struct {
 	// Text is how many bytes names and targets may have together: 256 MiB by
 	// default.
 	Text int64
+	// EndOnly keeps no Index: who only wants to know where an archive ends, and
+	// that it is well-formed, needs no memory for it.
+	EndOnly bool
 }
 
 // entryMemory is how many bytes of memory an Entry takes.
@@ -67,7 +70,8 @@ type Parser struct {
 	depth int // of the entry that is being read, and of a directory's end
 	// last holds, for each directory above, the name of its latest entry.
 	last  [MaxDepth + 1]string
-	index Index
+	index Index // with EndOnly the latest entry
+	count int   // of entries
 }
 
 // NewParser returns a Parser with bounds of its own.
@@ -106,8 +110,13 @@ func (p *Parser) Size() int64 { return p.offset }
 
 // Index returns the entries of the archive once Done; before, those that were
 // complete enough to have a name and a kind. The Parser does not change them
-// any more.
-func (p *Parser) Index() Index { return p.index }
+// any more. It is nil with Limits.EndOnly.
+func (p *Parser) Index() Index {
+	if p.limits.EndOnly {
+		return nil
+	}
+	return p.index
+}
 
 // Memory returns how many bytes of memory the Index takes by now, about.
 func (p *Parser) Memory() int64 {
@@ -261,7 +270,7 @@ func (p *Parser) takeLiteral(b []byte, lit string, s state, n int) {
 
 // takeKind begins the entry whose name is in last.
 func (p *Parser) takeKind(b []byte) {
-	if len(p.index) >= p.limits.Entries {
+	if p.count++; p.count > p.limits.Entries {
 		p.err = fmt.Errorf("%w: %w: more than %d", ErrMalformed, ErrTooLarge, p.limits.Entries)
 		return
 	}
@@ -284,6 +293,9 @@ func (p *Parser) takeKind(b []byte) {
 	default:
 		p.fail("unknown kind of entry")
 		return
+	}
+	if p.limits.EndOnly {
+		p.index = p.index[:0]
 	}
 	p.index = append(p.index, e)
 }

@@ -172,6 +172,23 @@ func TestParserMemory(t *testing.T) {
 	}
 }
 
+// Without an index the end of an archive is found all the same.
+func TestParseEndOnly(t *testing.T) {
+	b := manyFiles(t, 1000)
+	p := NewParser(Limits{EndOnly: true})
+	n, err := p.Feed(append(b, "behind"...))
+	if n != len(b) || err != nil || !p.Done() {
+		t.Errorf("took %d of %d bytes, done %t, %v", n, len(b), p.Done(), err)
+	}
+	if p.Index() != nil || cap(p.index) > 8 {
+		t.Errorf("there is an index, with room for %d entries", cap(p.index))
+	}
+	p = NewParser(Limits{EndOnly: true, Entries: 100})
+	if _, err := p.Feed(b); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("too many entries: %v", err)
+	}
+}
+
 // FuzzParse wants of every archive that is taken: in pieces it is the same, and
 // written again from its index it has the same bytes, so there is one archive
 // for a tree.
@@ -182,6 +199,10 @@ func FuzzParse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte, size uint8) {
 		var p Parser
 		n, err := p.Feed(b)
+		end := NewParser(Limits{EndOnly: true})
+		if m, endErr := end.Feed(b); m != n || (endErr == nil) != (err == nil) || end.Done() != p.Done() {
+			t.Fatalf("took %d bytes, %v; without an index %d, %v", n, err, m, endErr)
+		}
 		if n > len(b) || (err == nil && !p.Done() && n != len(b)) {
 			t.Fatalf("took %d of %d bytes, error %v", n, len(b), err)
 		}
