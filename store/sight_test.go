@@ -628,3 +628,66 @@ func TestDeleteAmongUploads(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Whatever the lender does meanwhile, what a session was told is there can be
+// read, and stays the same.
+func TestBorrowAmongDeletions(t *testing.T) {
+	l := newLending(t)
+	stop := time.Now().Add(time.Second)
+	errs := make(chan error, 2)
+	path := func(name string) nixproto.StorePath { return storetest.Unsigned(name, name, nil).Path }
+	go func() {
+		var err error
+		for i := 0; time.Now().Before(stop) && err == nil; i++ {
+			if _, err = l.s.Delete(ctx, l.alice, path("top"), path("dep")); err == nil || errors.Is(err, store.ErrNotFound) {
+				l.add(l.alice, "dep", fmt.Sprintf("%*d", 70000*(i%2), i), nil)
+				l.add(l.alice, "top", fmt.Sprint(i), []nixproto.SigningKey{l.public}, path("dep"))
+				err = nil
+			}
+		}
+		errs <- err
+	}()
+	go func() {
+		var err error
+		for time.Now().Before(stop) && err == nil {
+			_, err = l.s.Sweep(ctx)
+		}
+		errs <- err
+	}()
+	borrow := func() error {
+		v := l.s.NewSight(l.bob, linked(l.alice))
+		lease := v.NewLease()
+		defer lease.Release()
+		infos, err := v.ClosureInfo(ctx, []nixproto.StorePath{path("top")})
+		if errors.Is(err, store.ErrNotFound) {
+			return nil
+		}
+		for range 3 {
+			for _, info := range infos {
+				now, err := v.Info(ctx, info.Path)
+				if err != nil || now.NarHash != info.NarHash {
+					return fmt.Errorf("%s was %s, now %v, %v", info.Path, info.NarHash, now, err)
+				}
+				blob, err := l.s.OpenBlob(ctx, info.NarHash)
+				if err != nil {
+					return err
+				}
+				if err := blob.Close(); err != nil {
+					return err
+				}
+			}
+		}
+		return err
+	}
+	for time.Now().Before(stop) {
+		if err := borrow(); err != nil {
+			t.Error(err)
+			break
+		}
+	}
+	for range 2 {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+}
