@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"nbd/nixproto"
+	"nbd/server/settings"
 	"nbd/server/upstream"
 )
 
@@ -99,6 +100,27 @@ func TestBuildFetchesInputs(t *testing.T) {
 		r, sink := bt.build(bt.request(d))
 		if r.Status.Success() == never || bt.runner.count("user") != len(sink.copies)/2 || never && !strings.Contains(r.Error, string(input.Path)) {
 			t.Errorf("never %v: %+v, copies %q", never, r, sink.copies)
+		}
+	}
+}
+
+// The operator's credentials are for the caches that he named.
+func TestTokensOfOperator(t *testing.T) {
+	bt := newBuildTest(t, nil)
+	own := settings.AccessToken{Host: "own.example", Token: "a"}
+	his := settings.AccessToken{Host: "his.example", Token: "b"}
+	y := &survey{s: bt.session, noted: map[string]bool{}}
+	mine, all := y.tokens(&settings.Effective{AccessTokens: []settings.AccessToken{his, own}}, &settings.Effective{AccessTokens: []settings.AccessToken{his}})
+	for url, want := range map[string][2]bool{"https://own.example": {true, true}, "https://his.example": {false, true}} {
+		src, err := upstream.ParseSource(url, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		client := upstream.New(upstream.Config{})
+		defer client.Close()
+		bare := client.Cache(src, upstream.Tokens{}).ID()
+		if got := [2]bool{client.Cache(src, mine).ID() != bare, client.Cache(src, all).ID() != bare}; got != want {
+			t.Errorf("%s: credentials %v, want %v", url, got, want)
 		}
 	}
 }

@@ -219,20 +219,20 @@ func (u *Substituter) openCaches(ctx context.Context, y *survey) error {
 	if err != nil || e.NeverSubstitute {
 		return err
 	}
-	var tokens upstream.Tokens
-	for _, t := range e.AccessTokens {
-		if err := tokens.Add(t.Host, t.Token.Reveal()); err != nil {
-			y.note(err)
-		}
-	}
-	system := y.s.systemSubstituters(&e)
+	system := y.s.systemSettings(&e)
 	y.further = e.Origin("substituters").Level > settings.System
+	own, all := y.tokens(&e, system)
 	var caches []*upstream.Cache
 	for _, url := range e.Substituters {
-		src, err := upstream.ParseSource(url.Raw(), slices.Contains(system, url))
+		operator := slices.Contains(system.Substituters, url)
+		src, err := upstream.ParseSource(url.Raw(), operator)
 		if err != nil {
 			y.note(err)
 			continue
+		}
+		tokens := own
+		if operator {
+			tokens = all
 		}
 		caches = append(caches, u.client.Cache(src, tokens))
 	}
@@ -248,17 +248,37 @@ func (u *Substituter) openCaches(ctx context.Context, y *survey) error {
 	return nil
 }
 
-// systemSubstituters returns the caches that the operator named: they may be
+// systemSettings returns what the operator set: caches that he named may be
 // anywhere.
-func (s *Session) systemSubstituters(e *settings.Effective) []settings.URL {
+func (s *Session) systemSettings(e *settings.Effective) *settings.Effective {
+	var system settings.Effective
 	if s.book != nil {
-		system := s.book.systemSettings()
-		return system.Substituters
+		system = s.book.systemSettings()
+	} else if e.Origin("substituters").Level <= settings.System {
+		system = *e
 	}
-	if e.Origin("substituters").Level <= settings.System {
-		return e.Substituters
+	return &system
+}
+
+// tokens returns the account's own credentials, and those together with the
+// operator's, which are for the caches that he named and no others: else an
+// account could read with them what is not its own.
+func (y *survey) tokens(e, system *settings.Effective) (own, all upstream.Tokens) {
+	add := func(t *upstream.Tokens, a settings.AccessToken) {
+		if err := t.Add(a.Host, a.Token.Reveal()); err != nil {
+			y.note(err)
+		}
 	}
-	return nil
+	for _, a := range system.AccessTokens {
+		add(&all, a)
+	}
+	for _, a := range e.AccessTokens {
+		if !slices.Contains(system.AccessTokens, a) {
+			add(&own, a)
+			add(&all, a)
+		}
+	}
+	return own, all
 }
 
 // noteFault tells of a cache that cannot be used; not of one that the client did
