@@ -29,6 +29,7 @@ type Admin struct {
 	status     func(context.Context) (adminapi.Status, error)
 	disconnect func(gone func(*Client) bool)
 	book       *settingsBook
+	builds     buildOperator // set before Serve
 	log        *slog.Logger
 	http       http.Server
 }
@@ -55,6 +56,7 @@ func NewAdmin(s *store.Store, book *settingsBook, status func(context.Context) (
 	mux.Handle("DELETE /tokens", a.handle(a.removeToken))
 	mux.Handle("POST /check", a.handle(a.check))
 	mux.Handle("POST /gc", a.handle(a.gc))
+	a.routeBuilds(mux)
 	a.http = http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	return a
 }

@@ -72,7 +72,7 @@ func optID(id store.BuildID) *store.BuildID {
 
 // newAPIBuild makes the object of a build for the account that owns it; now is
 // what a build that goes on is measured by.
-func (s *Server) newAPIBuild(ctx context.Context, b *store.Build, now time.Time) (apiBuild, error) {
+func newAPIBuild(ctx context.Context, st *store.Store, b *store.Build, now time.Time) (apiBuild, error) {
 	queued, ran := buildTimes(b, now)
 	o := apiBuild{
 		BuildID: b.ID, CreateTime: apiTime{b.Created}, StartTime: optTime(b.Started),
@@ -91,7 +91,7 @@ func (s *Server) newAPIBuild(ctx context.Context, b *store.Build, now time.Time)
 		o.Outputs = append(o.Outputs, apiBuildOutput{out.Name, string(out.Path), out.NarHash.String(), out.NarSize})
 	}
 	if b.ReusedFrom != 0 {
-		_, err := s.ownBuild(ctx, b.Account, b.ReusedFrom)
+		_, err := ownBuild(ctx, st, b.Account, b.ReusedFrom)
 		switch {
 		case err == nil:
 			o.ReusedFrom = optID(b.ReusedFrom)
@@ -104,8 +104,8 @@ func (s *Server) newAPIBuild(ctx context.Context, b *store.Build, now time.Time)
 
 // ownBuild returns a build of an account; that of another is
 // store.ErrNotFound, like one that does not exist.
-func (s *Server) ownBuild(ctx context.Context, a store.AccountID, id store.BuildID) (*store.Build, error) {
-	b, err := s.store.Build(ctx, id)
+func ownBuild(ctx context.Context, st *store.Store, a store.AccountID, id store.BuildID) (*store.Build, error) {
+	b, err := st.Build(ctx, id)
 	if err == nil && b.Account != a {
 		return nil, store.ErrNotFound
 	}

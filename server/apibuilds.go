@@ -180,7 +180,7 @@ func listBuilds(ctx context.Context, c *apiCall) (any, error) {
 		for b, err := range c.server.builds(ctx, c.account(), f) {
 			var o apiBuild
 			if err == nil {
-				o, err = c.server.newAPIBuild(ctx, b, now)
+				o, err = newAPIBuild(ctx, c.server.store, b, now)
 			}
 			if !yield(o, err) || err != nil {
 				return
@@ -195,7 +195,7 @@ func (c *apiCall) build(ctx context.Context) (*store.Build, error) {
 	if err != nil {
 		return nil, err
 	}
-	b, err := c.server.ownBuild(ctx, c.account(), id)
+	b, err := ownBuild(ctx, c.server.store, c.account(), id)
 	if errors.Is(err, store.ErrNotFound) {
 		return nil, noBuild(id)
 	}
@@ -210,7 +210,7 @@ func showBuild(ctx context.Context, c *apiCall) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return c.server.newAPIBuild(ctx, b, time.Now())
+	return newAPIBuild(ctx, c.server.store, b, time.Now())
 }
 
 const buildHead = "BUILD     CREATED              STATUS               TIME     CPU  DERIVATION"

@@ -123,24 +123,33 @@ func buildLog(ctx context.Context, c *apiCall) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	b, err := c.server.ownBuild(ctx, c.account(), id)
-	if err != nil && !errors.Is(err, store.ErrNotFound) {
-		return nil, err
-	}
-	if control := c.server.cfg.Control; control != nil && (b == nil || !reuse.Status(b.Status).Ended()) {
-		log, followErr := control.Follow(ctx, c.account(), id)
-		if followErr == nil || !errors.Is(followErr, store.ErrNotFound) {
-			return log, followErr
+	control := c.server.cfg.Control
+	b, err := ownBuild(ctx, c.server.store, c.account(), id)
+	var log io.ReadCloser
+	switch {
+	case err == nil:
+		if log, err = openLog(ctx, c.server.store, control, b); errors.Is(err, store.ErrNotFound) {
+			return nil, notFoundf("build %d has no log", id)
 		}
+	case errors.Is(err, store.ErrNotFound) && control != nil: // it may wait, and not be stored yet
+		log, err = control.Follow(ctx, c.account(), id)
 	}
-	if b == nil {
+	if errors.Is(err, store.ErrNotFound) {
 		return nil, noBuild(id)
 	}
-	log, err := c.server.store.OpenBuildLog(ctx, logOf(b))
-	if errors.Is(err, store.ErrNotFound) {
-		return nil, notFoundf("build %d has no log", id)
-	}
 	return log, err
+}
+
+// openLog opens the log of a build, as control follows it while the build has
+// not ended. One that has none is store.ErrNotFound.
+func openLog(ctx context.Context, st *store.Store, control BuildControl, b *store.Build) (io.ReadCloser, error) {
+	if control != nil && !reuse.Status(b.Status).Ended() {
+		log, err := control.Follow(ctx, b.Account, b.ID)
+		if !errors.Is(err, store.ErrNotFound) {
+			return log, err
+		}
+	}
+	return st.OpenBuildLog(ctx, logOf(b))
 }
 
 // logOf is the build whose log is that of b.
@@ -170,7 +179,7 @@ func attachBuild(ctx context.Context, c *apiCall) (any, error) {
 		if err != nil {
 			return apiBuild{}, err
 		}
-		return c.server.newAPIBuild(ctx, b, time.Now())
+		return newAPIBuild(ctx, c.server.store, b, time.Now())
 	}}, nil
 }
 

@@ -67,6 +67,7 @@ func NewDaemon(ctx context.Context, cfg DaemonConfig) (*Daemon, error) {
 		return nil, err
 	}
 	d.admin = NewAdmin(cfg.Server.Store, d.server.book, d.Status, d.server.Disconnect, cfg.Logger)
+	d.admin.builds = d.builds
 	d.tasks.Go(func() {
 		if err := d.admin.Serve(l); err != nil {
 			cfg.Logger.Error("nbd admin ends", "err", err)

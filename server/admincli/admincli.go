@@ -25,7 +25,7 @@ func Command(state string) *cobra.Command {
 	cmd := &cobra.Command{Use: "admin", Short: "Rule a running server, on its machine", RunE: NeedsCommand}
 	cmd.PersistentFlags().StringVar(&f.state, "state", state, "directory of the server's state")
 	cmd.PersistentFlags().BoolVar(&f.json, "json", false, "print JSON")
-	cmd.AddCommand(f.account(), f.key(), f.token(), f.settings(), f.status(), f.check(), f.gc())
+	cmd.AddCommand(f.account(), f.key(), f.token(), f.settings(), f.build(), f.queue(), f.result(), f.status(), f.check(), f.gc())
 	return cmd
 }
 
