@@ -15,6 +15,15 @@ import (
 
 // TestErrors: one sentence that names the thing, and once the way out.
 func TestErrors(t *testing.T) {
+	// Those of the tests, and whatever else there is, would be told.
+	for _, v := range os.Environ() {
+		if name, value, _ := strings.Cut(v, "="); strings.HasPrefix(name, "NBD_") {
+			t.Setenv(name, value) // so that it comes back
+			if err := os.Unsetenv(name); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 	locked := t.TempDir()
 	st, err := store.Open(locked, store.Config{})
 	if err != nil {
