@@ -281,7 +281,11 @@ func (s *Store) deleteBatch(c *collection, batch []*record, maxFreed uint64) (re
 				}
 				continue
 			}
-			if now, err := v.get(r.Path); err != nil || now == nil || now.NarHash != r.NarHash {
+			now, err := v.get(r.Path)
+			if err != nil {
+				return err
+			}
+			if now == nil || now.NarHash != r.NarHash {
 				continue // deleted or repaired meanwhile
 			}
 			if err := v.collect(r.Path, &res); err != nil {
