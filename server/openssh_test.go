@@ -47,17 +47,18 @@ func TestOpenSSH(t *testing.T) {
 	for _, test := range []struct {
 		args   []string
 		status int
-		says   string
+		prints string // on stdout; "" is nothing
+		says   string // on stderr
 	}{
-		{[]string{"nix-daemon", "--stdio"}, 0, ""}, // an empty session
-		{[]string{"uname"}, 127, `nbd: error: command "uname" is not available`},
-		{nil, 127, "no login shell"},
-		{[]string{"-t", "-t"}, 255, "PTY allocation request failed"},
-		{[]string{"-s", "sftp"}, 255, "subsystem request failed"},
-		{[]string{"-A", "nix-daemon", "--stdio", "--frob"}, 1, `option "--frob" is not supported`},
+		{[]string{"nix-daemon", "--stdio"}, 0, "", ""}, // an empty session
+		{[]string{"uname"}, 127, "", `nbd: error: command "uname" is not available`},
+		{nil, 0, "", ""}, // the shell on plain pipes, until their end
+		{[]string{"-t", "-t"}, 0, "account alice", ""},
+		{[]string{"-s", "sftp"}, 255, "", "subsystem request failed"},
+		{[]string{"-A", "nix-daemon", "--stdio", "--frob"}, 1, "", `option "--frob" is not supported`},
 	} {
 		stdout, stderr, status := ts.openSSH(t, key, "", test.args...)
-		if status != test.status || !strings.Contains(stderr, test.says) || stdout != "" {
+		if status != test.status || !strings.Contains(stderr, test.says) || !strings.Contains(stdout, test.prints) || (stdout == "") != (test.prints == "") {
 			t.Errorf("ssh %q: status %d, %q, %q", test.args, status, stdout, stderr)
 		}
 	}
