@@ -174,13 +174,28 @@ func attachBuild(ctx context.Context, c *apiCall) (any, error) {
 	} else if err != nil {
 		return nil, err
 	}
-	return &attached{v.(io.ReadCloser), func() (apiBuild, error) {
+	return &attached{v.(io.ReadCloser), func() (apiBuild, error) { return c.endedBuild(ctx) }}, nil
+}
+
+// endedBuild returns a build whose log has ended. Its record follows a moment
+// later, of which nothing tells.
+func (c *apiCall) endedBuild(ctx context.Context) (apiBuild, error) {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
 		b, err := c.build(ctx)
 		if err != nil {
 			return apiBuild{}, err
 		}
-		return newAPIBuild(ctx, c.server.store, b, time.Now())
-	}}, nil
+		if reuse.Status(b.Status).Ended() {
+			return newAPIBuild(ctx, c.server.store, b, time.Now())
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return apiBuild{}, ctx.Err()
+		}
+	}
 }
 
 // completeLive completes the id of a build that has not ended.
