@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"nbd/server/config"
 	"nbd/server/settings"
 	"nbd/store"
 )
@@ -72,16 +73,16 @@ func TestErrors(t *testing.T) {
 // TestUnknownVariables: what is misspelt in the server's environment is told,
 // and what is no setting of a command does not reach it.
 func TestUnknownVariables(t *testing.T) {
-	got := unknownVariables([]string{"NBD_SSH_LISTEN=x", "NBD_SSH_LISSTEN=x", "HOME=/", "NBD_STATE=", "NBD_KERNEL=", "NBD_HOST=x"})
+	got := config.UnknownVariables([]string{"NBD_SSH_LISTEN=x", "NBD_SSH_LISSTEN=x", "HOME=/", "NBD_STATE=", "NBD_KERNEL=", "NBD_HOST=x"})
 	if want := []string{"NBD_HOST", "NBD_SSH_LISSTEN"}; !slices.Equal(got, want) {
 		t.Errorf("%q, want %q", got, want)
 	}
 	t.Setenv("NBD_HOST", "other.example")
 	t.Setenv("NBD_FOR", "windows")
 	cmd := setupCommand()
-	cfg := &config{flags: cmd.Flags()}
-	if err := cfg.load(); err != nil || cfg.text("host") != "" || cfg.text("for") != "nix.conf" {
-		t.Errorf("%v; host %q for %q", err, cfg.text("host"), cfg.text("for"))
+	cfg := config.Of(cmd.Flags())
+	if err := cfg.Load(); err != nil || cfg.Text("host") != "" || cfg.Text("for") != "nix.conf" {
+		t.Errorf("%v; host %q for %q", err, cfg.Text("host"), cfg.Text("for"))
 	}
 }
 

@@ -29,6 +29,7 @@ import (
 	"nbd/server"
 	"nbd/server/adminapi"
 	"nbd/server/admincli"
+	"nbd/server/config"
 	"nbd/server/upstream"
 	"nbd/store"
 	"nbd/vm"
@@ -125,12 +126,12 @@ func serveCommand() *cobra.Command {
 second one ends at once. Every setting below may also come from the environment
 (NBD_SSH_LISTEN for --ssh-listen) or from a TOML file (ssh-listen = "…"); a flag
 wins over the environment, that over the file.`}
-	cfg := newConfig(cmd, serveSettings, guestSettings)
+	cfg := config.New(cmd, config.Serve, config.Guest)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if err := cfg.load(); err != nil {
+		if err := cfg.Load(); err != nil {
 			return err
 		}
-		log, err := cfg.logger(cmd.ErrOrStderr())
+		log, err := newLogger(cfg, cmd.ErrOrStderr())
 		if err != nil {
 			return err
 		}
@@ -138,7 +139,7 @@ wins over the environment, that over the file.`}
 		// worth a fifth of its CPU time.
 		debug.SetGCPercent(800)
 		debug.SetMemoryLimit(1 << 30)
-		for _, name := range unknownVariables(os.Environ()) {
+		for _, name := range config.UnknownVariables(os.Environ()) {
 			log.Warn("environment names no setting of the server; `nbd serve --help` lists them", "variable", name)
 		}
 		return serve(cmd.Context(), cfg, log)
@@ -146,14 +147,14 @@ wins over the environment, that over the file.`}
 	return cmd
 }
 
-// logger returns the server's logger.
-func (c *config) logger(w io.Writer) (*slog.Logger, error) {
+// newLogger returns the server's logger.
+func newLogger(c *config.Config, w io.Writer) (*slog.Logger, error) {
 	var level slog.Level
-	if err := level.UnmarshalText([]byte(c.text("log-level"))); err != nil {
-		return nil, fmt.Errorf("log-level: %q is none of debug, info, warn and error", c.text("log-level"))
+	if err := level.UnmarshalText([]byte(c.Text("log-level"))); err != nil {
+		return nil, fmt.Errorf("log-level: %q is none of debug, info, warn and error", c.Text("log-level"))
 	}
 	opts := &slog.HandlerOptions{Level: level}
-	switch format := c.text("log-format"); format {
+	switch format := c.Text("log-format"); format {
 	case "json":
 		return slog.New(slog.NewJSONHandler(w, opts)), nil
 	case "text":
@@ -163,17 +164,17 @@ func (c *config) logger(w io.Writer) (*slog.Logger, error) {
 	}
 }
 
-// guests turns the guest settings into the Config of package vm.
-func (c *config) guests(log *slog.Logger) vm.Config {
-	return vm.Config{StateDir: c.text("state"), QEMU: c.text("qemu"), Kernel: c.text("kernel"),
-		Accel: c.text("accel"), Busybox: c.text("sandbox-shell"), ColdBoot: get[bool](c, "cold-boot"), Logger: log}
+// guestConfig turns the guest settings into the Config of package vm.
+func guestConfig(c *config.Config, log *slog.Logger) vm.Config {
+	return vm.Config{StateDir: c.Text("state"), QEMU: c.Text("qemu"), Kernel: c.Text("kernel"),
+		Accel: c.Text("accel"), Busybox: c.Text("sandbox-shell"), ColdBoot: config.Get[bool](c, "cold-boot"), Logger: log}
 }
 
 // serve joins the packages and runs them until a signal ends them.
-func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
-	state := cfg.text("state")
-	guests := cfg.guests(log)
-	name := cfg.text("server-name")
+func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
+	state := cfg.Text("state")
+	guests := guestConfig(cfg, log)
+	name := cfg.Text("server-name")
 	if name == "" {
 		host, err := os.Hostname()
 		if err != nil {
@@ -181,24 +182,24 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		}
 		name = host
 	}
-	publicKeys, err := cfg.publicKeys()
+	publicKeys, err := cfg.PublicKeys()
 	if err != nil {
 		return err
 	}
-	storeConfig := store.Config{ServerName: name, MinFree: cmp.Or(int64(cfg.number("min-free"))<<20, -1),
-		KeepLogs: get[time.Duration](cfg, "keep-logs"), PublicKeys: publicKeys, Logger: log}
-	builds := server.BuildsConfig{CPUs: cfg.number("default-cpu"), MemoryMiB: cfg.number("default-mem"),
-		MaxMemoryMiB: cfg.number("max-mem"), ScratchMiB: cfg.number("scratch"), Logger: log, Generation: cfg.number("sandbox-generation"),
-		Room: server.Room{Guests: cfg.number("max-guests"), MemoryMiB: cfg.number("memory")}}
-	front := server.Config{Version: server.Version(), Logger: log, TempDir: filepath.Join(state, "tmp"), Ciphers: cfg.list("ciphers"), MaxUnauthenticated: cfg.number("max-unauthenticated"),
-		Settings: cfg.systemSettings(), TrustedKeys: publicKeys,
-		HandshakeTimeout: get[time.Duration](cfg, "handshake-timeout"), KeepAlive: get[time.Duration](cfg, "keep-alive")}
-	rule, err := egress.ParseRule(cfg.list("allow-addresses"))
+	storeConfig := store.Config{ServerName: name, MinFree: cmp.Or(int64(cfg.Number("min-free"))<<20, -1),
+		KeepLogs: config.Get[time.Duration](cfg, "keep-logs"), PublicKeys: publicKeys, Logger: log}
+	builds := server.BuildsConfig{CPUs: cfg.Number("default-cpu"), MemoryMiB: cfg.Number("default-mem"),
+		MaxMemoryMiB: cfg.Number("max-mem"), ScratchMiB: cfg.Number("scratch"), Logger: log, Generation: cfg.Number("sandbox-generation"),
+		Room: server.Room{Guests: cfg.Number("max-guests"), MemoryMiB: cfg.Number("memory")}}
+	front := server.Config{Version: server.Version(), Logger: log, TempDir: filepath.Join(state, "tmp"), Ciphers: cfg.List("ciphers"), MaxUnauthenticated: cfg.Number("max-unauthenticated"),
+		Settings: cfg.SystemSettings(), TrustedKeys: publicKeys,
+		HandshakeTimeout: config.Get[time.Duration](cfg, "handshake-timeout"), KeepAlive: config.Get[time.Duration](cfg, "keep-alive")}
+	rule, err := egress.ParseRule(cfg.List("allow-addresses"))
 	if err != nil {
 		return &adminapi.HintError{Err: err, Hint: "write 10.1.0.0/16, 10.1.2.3:8080 or cache.example:8080"}
 	}
-	grace := get[time.Duration](cfg, "drain-timeout")
-	listener, err := net.Listen("tcp", cfg.text("ssh-listen"))
+	grace := config.Get[time.Duration](cfg, "drain-timeout")
+	listener, err := net.Listen("tcp", cfg.Text("ssh-listen"))
 	if err != nil {
 		return &adminapi.HintError{Err: err, Hint: "choose another address with --ssh-listen"}
 	}
@@ -278,9 +279,9 @@ func (b blobs) Open(ctx context.Context, h nixproto.Hash) (vm.Blob, error) {
 
 // adminCommand is `nbd admin`, with --state from the environment, too.
 func adminCommand() *cobra.Command {
-	cmd := admincli.Command(defaultState())
-	cfg := &config{flags: cmd.PersistentFlags()}
-	cmd.PersistentPreRunE = func(*cobra.Command, []string) error { return cfg.load() }
+	cmd := admincli.Command(config.DefaultState())
+	cfg := config.Of(cmd.PersistentFlags())
+	cmd.PersistentPreRunE = func(*cobra.Command, []string) error { return cfg.Load() }
 	return cmd
 }
 
@@ -288,14 +289,14 @@ func adminCommand() *cobra.Command {
 
 func kernelCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "kernel", Short: "Kernels for guests: import, list", RunE: admincli.NeedsCommand}
-	cfg := &config{flags: cmd.PersistentFlags()}
-	cfg.flags.String("state", defaultState(), "directory of the server's state")
-	cmd.PersistentPreRunE = func(*cobra.Command, []string) error { return cfg.load() }
+	cmd.PersistentFlags().String("state", config.DefaultState(), "directory of the server's state")
+	cfg := config.Of(cmd.PersistentFlags())
+	cmd.PersistentPreRunE = func(*cobra.Command, []string) error { return cfg.Load() }
 	cmd.AddCommand(
 		&cobra.Command{Use: "import FILE|DIR", Args: admincli.ExactArgs("FILE|DIR"),
 			Short: "Keep a kernel from a package (.deb, .rpm) or from a folder with vmlinuz and its modules",
 			RunE: func(cmd *cobra.Command, args []string) error {
-				k, err := vm.ImportKernel(cfg.text("state"), args[0])
+				k, err := vm.ImportKernel(cfg.Text("state"), args[0])
 				if err == nil {
 					fmt.Fprintln(cmd.OutOrStdout(), "imported", k.Name)
 				}
@@ -303,7 +304,7 @@ func kernelCommand() *cobra.Command {
 			}},
 		&cobra.Command{Use: "list", Args: admincli.ExactArgs(), Short: "List kernels that guests could run, the one to be used first",
 			RunE: func(cmd *cobra.Command, _ []string) error {
-				list, err := vm.Kernels(cfg.text("state"))
+				list, err := vm.Kernels(cfg.Text("state"))
 				if err != nil {
 					return err
 				}
@@ -319,15 +320,15 @@ func kernelCommand() *cobra.Command {
 func setupCommand() *cobra.Command {
 	var host, port, kind string
 	cmd := &cobra.Command{Use: "setup", Short: "Print the configuration that a client needs", Args: admincli.ExactArgs()}
-	cfg := newConfig(cmd, nil)
+	cfg := config.New(cmd)
 	cmd.Flags().StringVar(&host, "host", "", "name or address by which clients reach this machine")
 	cmd.Flags().StringVar(&port, "port", "", "port by which they do (default: the one the server listens on)")
 	cmd.Flags().StringVar(&kind, "for", "nix.conf", strings.Join(adminapi.SetupKinds, ", "))
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if err := cfg.load(); err != nil {
+		if err := cfg.Load(); err != nil {
 			return err
 		}
-		text, err := adminapi.NewClient(cfg.text("state")).Setup(cmd.Context(), host, port, kind)
+		text, err := adminapi.NewClient(cfg.Text("state")).Setup(cmd.Context(), host, port, kind)
 		if err == nil {
 			fmt.Fprint(cmd.OutOrStdout(), text)
 		}
@@ -338,12 +339,12 @@ func setupCommand() *cobra.Command {
 
 func doctorCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "doctor", Short: "Prove each part that a build needs, boot a guest, say how to mend what is wrong", Args: admincli.ExactArgs()}
-	cfg := newConfig(cmd, guestSettings)
+	cfg := config.New(cmd, config.Guest)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if err := cfg.load(); err != nil {
+		if err := cfg.Load(); err != nil {
 			return err
 		}
-		return server.Doctor(cmd.Context(), cfg.guests(slog.New(slog.DiscardHandler)), cmd.OutOrStdout())
+		return server.Doctor(cmd.Context(), guestConfig(cfg, slog.New(slog.DiscardHandler)), cmd.OutOrStdout())
 	}
 	return cmd
 }

@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"nbd/server/config"
 )
 
 // The scripts of testdata/script drive the program as it ships, with real Nix,
@@ -113,13 +115,13 @@ func TestReadme(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, table := range [][]setting{serveSettings, guestSettings} {
+	for _, table := range [][]config.Setting{config.Serve, config.Guest} {
 		for _, s := range table {
 			value := ""
-			if v := fmt.Sprint(s.value); v != "" {
+			if v := fmt.Sprint(s.Value); v != "" {
 				value = "`" + v + "`"
 			}
-			if row := fmt.Sprintf("| `%s` | %s | %s |\n", s.name, value, s.usage); !strings.Contains(string(readme), row) {
+			if row := fmt.Sprintf("| `%s` | %s | %s |\n", s.Name, value, s.Usage); !strings.Contains(string(readme), row) {
 				t.Errorf("README.md lacks %s", row)
 			}
 		}

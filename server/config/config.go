@@ -1,4 +1,9 @@
-package main
+// Package config is what an operator configures when the server starts: one
+// table of settings, each a flag, a variable of the environment (NBD_ and the
+// name in upper case, _ for -) and a name in a TOML file. A flag wins over the
+// environment, that over the file. The file's [settings] are another table: what
+// accounts may choose, see package settings.
+package config
 
 import (
 	"errors"
@@ -19,19 +24,15 @@ import (
 	"nbd/server/settings"
 )
 
-// One table of all that an operator configures when the server starts. A flag
-// wins over the environment (NBD_ and the name in upper case, _ for -), that over
-// the file (TOML, the same names). The file's [settings] are another table: what
-// accounts may choose, see package settings.
-
-// A setting is one row of the table.
-type setting struct {
-	name  string
-	value any // the default, of the setting's type
-	usage string
+// A Setting is one row of the table.
+type Setting struct {
+	Name  string
+	Value any // the default, of the setting's type
+	Usage string
 }
 
-var serveSettings = []setting{
+// Serve are the settings of `nbd serve` alone.
+var Serve = []Setting{
 	{"ssh-listen", ":2222", "address for SSH"},
 	{"server-name", "", "first half of the names of signing keys (default: the host's name)"},
 	{"ciphers", "", "SSH ciphers to offer, commas between them (default: those that suit the processor)"},
@@ -56,8 +57,8 @@ var serveSettings = []setting{
 	{"log-format", "text", "text or json"},
 }
 
-// guestSettings are what `nbd doctor` needs to know, too.
-var guestSettings = []setting{
+// Guest are the settings of guests, which `nbd doctor` needs to know, too.
+var Guest = []Setting{
 	{"accel", "auto", "kvm, tcg, or auto: KVM if a guest really boots with it"},
 	{"kernel", "", "kernel of the guests: a file, or a name that nbd kernel list prints (default: the first)"},
 	{"qemu", "", "qemu-system-x86_64 (default: searched in PATH)"},
@@ -65,8 +66,9 @@ var guestSettings = []setting{
 	{"cold-boot", false, "boot every guest instead of restoring a booted template"},
 }
 
-// A config is the table with the values of one invocation.
-type config struct {
+// A Config is a table with the values of one invocation. It is used by one
+// goroutine.
+type Config struct {
 	flags *pflag.FlagSet
 	file  string
 	// settings is the file's [settings]: what holds for all accounts unless
@@ -74,40 +76,43 @@ type config struct {
 	settings map[string]string
 }
 
-// newConfig adds flags for the settings, --state and --config to a command.
-func newConfig(cmd *cobra.Command, tables ...[]setting) *config {
-	c := &config{flags: cmd.Flags()}
+// New adds flags for the settings of tables, --state and --config to a command.
+func New(cmd *cobra.Command, tables ...[]Setting) *Config {
+	c := &Config{flags: cmd.Flags()}
 	c.flags.StringVar(&c.file, "config", "", "TOML file with any of these settings")
-	c.flags.String("state", defaultState(), "directory of the server's state")
+	c.flags.String("state", DefaultState(), "directory of the server's state")
 	for _, table := range tables {
 		for _, s := range table {
-			switch v := s.value.(type) {
+			switch v := s.Value.(type) {
 			case bool:
-				c.flags.Bool(s.name, v, s.usage)
+				c.flags.Bool(s.Name, v, s.Usage)
 			case uint:
-				c.flags.Uint(s.name, v, s.usage)
+				c.flags.Uint(s.Name, v, s.Usage)
 			case time.Duration:
-				c.flags.Duration(s.name, v, s.usage)
+				c.flags.Duration(s.Name, v, s.Usage)
 			case string:
-				c.flags.String(s.name, v, s.usage)
+				c.flags.String(s.Name, v, s.Usage)
 			}
 		}
 	}
 	return c
 }
 
+// Of returns a Config of flags that are there already.
+func Of(flags *pflag.FlagSet) *Config { return &Config{flags: flags} }
+
 // variable is a setting's name in the environment.
 func variable(name string) string {
 	return "NBD_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
 }
 
-// unknownVariables returns the names in an environment (os.Environ) that begin
+// UnknownVariables returns the names in an environment (os.Environ) that begin
 // with NBD_ and are not of any setting; somebody may have misspelt one.
-func unknownVariables(environ []string) (unknown []string) {
+func UnknownVariables(environ []string) (unknown []string) {
 	known := map[string]bool{"NBD_CONFIG": true, "NBD_STATE": true}
-	for _, table := range [][]setting{serveSettings, guestSettings} {
+	for _, table := range [][]Setting{Serve, Guest} {
 		for _, s := range table {
-			known[variable(s.name)] = true
+			known[variable(s.Name)] = true
 		}
 	}
 	for _, v := range environ {
@@ -120,8 +125,9 @@ func unknownVariables(environ []string) (unknown []string) {
 	return unknown
 }
 
-// load fills the settings that no flag gave from the environment and the file.
-func (c *config) load() error {
+// Load fills the settings that no flag gave from the environment and the file.
+// A value or a name that cannot be is an error that says where it stands.
+func (c *Config) Load() error {
 	file, err := c.readFile()
 	if err != nil {
 		return err
@@ -156,9 +162,9 @@ func (c *config) load() error {
 
 // isSetting reports whether any table has a name.
 func isSetting(name string) bool {
-	for _, table := range [][]setting{serveSettings, guestSettings} {
+	for _, table := range [][]Setting{Serve, Guest} {
 		for _, s := range table {
-			if s.name == name {
+			if s.Name == name {
 				return true
 			}
 		}
@@ -167,7 +173,7 @@ func isSetting(name string) bool {
 }
 
 // readFile returns the file's values as text; a list has commas.
-func (c *config) readFile() (map[string]string, error) {
+func (c *Config) readFile() (map[string]string, error) {
 	if c.file == "" {
 		c.file = os.Getenv("NBD_CONFIG")
 	}
@@ -217,12 +223,12 @@ func text(v any) string {
 	return strings.Join(words, ",")
 }
 
-// systemSettings returns what holds for all accounts unless more is said: the
+// SystemSettings returns what holds for all accounts unless more is said: the
 // file's [settings], and under them the flags of the same names.
-func (c *config) systemSettings() map[string]string {
+func (c *Config) SystemSettings() map[string]string {
 	system := map[string]string{}
 	for _, name := range []string{"default-cpu", "max-mem", "max-log-size", "max-connections"} {
-		system[name] = c.text(name)
+		system[name] = c.Text(name)
 	}
 	maps.Copy(system, c.settings)
 	return system
@@ -241,10 +247,12 @@ func texts(file string, section map[string]any) (map[string]string, error) {
 	return values, nil
 }
 
-func (c *config) text(name string) string { return c.flags.Lookup(name).Value.String() }
+// Text returns a setting as it is written. A name that the table does not have
+// panics, here and below.
+func (c *Config) Text(name string) string { return c.flags.Lookup(name).Value.String() }
 
-// get returns the value of a setting of type T, which its table gave it.
-func get[T bool | uint | time.Duration](c *config, name string) (v T) {
+// Get returns the value of a setting of type T, which its table gave it.
+func Get[T bool | uint | time.Duration](c *Config, name string) (v T) {
 	var err error
 	switch v := any(&v).(type) {
 	case *bool:
@@ -260,23 +268,23 @@ func get[T bool | uint | time.Duration](c *config, name string) (v T) {
 	return v
 }
 
-// number returns a setting that is a number.
-func (c *config) number(name string) int { return int(get[uint](c, name)) }
+// Number returns a setting that is a number.
+func (c *Config) Number(name string) int { return int(Get[uint](c, name)) }
 
-// list returns a setting with commas or spaces in it; nil if it is empty.
-func (c *config) list(name string) []string {
-	if c.text(name) == "" {
+// List returns a setting with commas or spaces in it; nil if it is empty.
+func (c *Config) List(name string) []string {
+	if c.Text(name) == "" {
 		return nil
 	}
-	return strings.FieldsFunc(c.text(name), func(r rune) bool { return r == ',' || r == ' ' })
+	return strings.FieldsFunc(c.Text(name), func(r rune) bool { return r == ',' || r == ' ' })
 }
 
 // defaultPublicKeys is the key of the cache that clients trust by default.
 const defaultPublicKeys = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
 
-// publicKeys returns the keys in public-cache-keys.
-func (c *config) publicKeys() (keys []nixproto.PublicKey, err error) {
-	for _, text := range c.list("public-cache-keys") {
+// PublicKeys returns the keys in public-cache-keys.
+func (c *Config) PublicKeys() (keys []nixproto.PublicKey, err error) {
+	for _, text := range c.List("public-cache-keys") {
 		k, err := nixproto.ParsePublicKey(text)
 		if err != nil {
 			return nil, &adminapi.HintError{Err: fmt.Errorf("public-cache-keys: %w", err), Hint: "write it as in nix.conf: " + defaultPublicKeys}
@@ -286,8 +294,8 @@ func (c *config) publicKeys() (keys []nixproto.PublicKey, err error) {
 	return keys, nil
 }
 
-// defaultState is where the server keeps what it knows if nobody says.
-func defaultState() string {
+// DefaultState is where the server keeps what it knows if nobody says.
+func DefaultState() string {
 	if os.Geteuid() == 0 {
 		return "/var/lib/nbd"
 	}
