@@ -44,7 +44,7 @@ type BuildsConfig struct {
 	// less.
 	Limits Limits
 	// Retries is the most that max-build-restarts can ask for: how often a build
-	// is tried again after a transient end. Zero is no bound, negative is never.
+	// is tried again after a transient end. Zero means 20, negative is never.
 	Retries int
 	// Generation is the operator's part of the sandbox generation: failures of
 	// runs with another one are not reused.
@@ -103,12 +103,19 @@ type Builds struct {
 	drvs    drvMemos
 	live    liveRequests
 
-	ctx    context.Context // of requests that outlive their session; ends in Close
-	cancel context.CancelFunc
-	mu     sync.Mutex     // guards what follows
-	closed bool           // no request may begin to outlive its session
-	kept   sync.WaitGroup // requests that may outlive their session
+	ctx     context.Context // of requests that outlive their session; ends in Close
+	cancel  context.CancelFunc
+	maxKept int // requests of one account that may outlive their session
+
+	mu     sync.Mutex              // guards what follows
+	closed bool                    // no request may begin to outlive its session
+	keeps  map[store.AccountID]int // requests that may, by account
+	kept   sync.WaitGroup          // all of them
 }
+
+// defaultMaxKept bounds the requests of one account that no connection holds:
+// of the others connections are the bound.
+const defaultMaxKept = 1000
 
 var _ Builder = (*Builds)(nil)
 
@@ -143,6 +150,9 @@ func NewBuilds(ctx context.Context, cfg BuildsConfig) (*Builds, error) {
 		store: cfg.Store,
 		queue: newQueue(cfg.Room),
 		drvs:  drvMemos{accounts: make(map[store.AccountID]*drvMemo)},
+
+		maxKept: defaultMaxKept,
+		keeps:   make(map[store.AccountID]int),
 	}
 	b.flights = reuse.NewFlights[*request, flightEvent](ctx, (*ending).release)
 	b.ctx, b.cancel = context.WithCancel(ctx)
@@ -267,7 +277,7 @@ func (b *Builds) build(ctx context.Context, s *Session, j *job, log LogSink) (*n
 		err    error
 	}
 	answered := make(chan answer, 1)
-	if !b.keep(func(ctx context.Context) {
+	err := b.keep(j, func(ctx context.Context) {
 		own := *s
 		lease := s.Sight.NewLease()
 		defer lease.Release()
@@ -280,8 +290,14 @@ func (b *Builds) build(ctx context.Context, s *Session, j *job, log LogSink) (*n
 			}
 		}
 		answered <- a
-	}) {
-		return nil, errEnding
+	})
+	switch {
+	case isRefusal(err):
+		return failed(nixproto.MiscFailure, err), nil
+	case errors.Is(err, store.ErrBusy):
+		return failed(nixproto.TransientFailure, err), nil
+	case err != nil:
+		return nil, err
 	}
 	select {
 	case a := <-answered:
@@ -291,16 +307,41 @@ func (b *Builds) build(ctx context.Context, s *Session, j *job, log LogSink) (*n
 	}
 }
 
-// keep calls f in a goroutine that Close waits for, with a context that ends
-// then; false if it has begun.
-func (b *Builds) keep(f func(ctx context.Context)) bool {
+// keep calls f, which serves j, in a goroutine that Close waits for, with a
+// context that ends then. Its error is errEnding if Close has begun, store.ErrBusy
+// or a refusal if there is no room for another one of the account.
+func (b *Builds) keep(j *job, f func(ctx context.Context)) error {
+	charge := b.store.NewCharge(j.account)
+	if err := charge.Set(int64(len(j.drv.ATerm()))); err != nil {
+		return err
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.closed {
-		return false
+	var err error
+	switch n := b.keeps[j.account]; {
+	case b.closed:
+		err = errEnding
+	case n >= b.maxKept:
+		err = refusef("cannot build '%s': its account has %d builds under way that were restarted or go on without a client (keep-builds-running); wait for some of them, or cancel them",
+			j.drvPath, n)
 	}
-	b.kept.Go(func() { f(b.ctx) })
-	return true
+	if err != nil {
+		charge.Release()
+		return err
+	}
+	b.keeps[j.account]++
+	b.kept.Go(func() {
+		defer func() {
+			charge.Release()
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			if b.keeps[j.account]--; b.keeps[j.account] == 0 {
+				delete(b.keeps, j.account)
+			}
+		}()
+		f(b.ctx)
+	})
+	return nil
 }
 
 // serve answers one request.
@@ -468,6 +509,9 @@ func (b *Builds) fly(ctx context.Context, r *request, in *jobInputs, log LogSink
 		}
 	}()
 	end, why, err = b.wait(ctx, w, r, log)
+	if err == nil && end.starved(j) {
+		end = &ending{again: true}
+	}
 	if err == nil && end.results != nil {
 		_, err = b.grant(ctx, r.session, j, end.results)
 	}

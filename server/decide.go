@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -102,15 +104,20 @@ func whoseBuild(asks store.AccountID, build store.BuildID, a store.AccountID, t 
 	return "an identical build of " + t.UTC().Format("2006-01-02 15:04 UTC")
 }
 
+// none is why no end answers: the same whether there is none, or one of somebody
+// who does not share it.
+func (f *finder) none() string {
+	if f.j.set.own() {
+		return "none of this account is stored under the key"
+	}
+	return "none is stored under the key"
+}
+
 func (f *finder) success(ctx context.Context) (*storedEnd, error) {
-	why := "none is stored under the key"
+	why := f.none()
 	for _, ends := range f.ends {
 		r := ends.Success
-		switch {
-		case r == nil:
-			continue
-		case !f.mayUse(r.Account):
-			why = "there is none of this account"
+		if r == nil || !f.mayUse(r.Account) {
 			continue
 		}
 		hold, err := f.b.holdOutputs(ctx, r)
@@ -152,9 +159,9 @@ func (f *finder) failure(ctx context.Context) (*storedEnd, error) {
 		f.note("failure", false, "failures of fixed outputs are never reused")
 		return nil, nil
 	}
-	why := "none is stored under the key"
+	why := f.none()
 	for _, ends := range f.ends {
-		if len(ends.Failures) == 0 {
+		if !slices.ContainsFunc(slices.Collect(maps.Values(ends.Failures)), func(x *store.Failure) bool { return f.mayUse(x.Account) }) {
 			continue
 		}
 		generation, err := f.b.generation(ctx)
@@ -167,7 +174,9 @@ func (f *finder) failure(ctx context.Context) (*storedEnd, error) {
 			why = "the one that is stored is of another sandbox"
 			continue
 		case !f.mayUse(fail.Account):
-			why = "there is none of this account"
+			continue
+		case fail.MemoryMiB > 0 && fail.MemoryMiB < f.j.set.memoryMiB:
+			why = "the guest of the one that is stored had less memory"
 			continue
 		}
 		f.failed = true
@@ -193,7 +202,7 @@ func (f *finder) failure(ctx context.Context) (*storedEnd, error) {
 }
 
 func (f *finder) timeout(ctx context.Context) (*storedEnd, error) {
-	why := "none is stored under the key"
+	why := f.none()
 	for _, ends := range f.ends {
 		for _, kind := range []string{store.TimeoutRun, store.TimeoutSilent} {
 			t := ends.Timeouts[kind]

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"slices"
 
@@ -325,8 +326,9 @@ func (g *graph) hashing(ctx context.Context, n *node, f func(*nixproto.Modulo) e
 	return nil
 }
 
-// check refuses nodes that are not built here, or whose output paths are not
-// their own.
+// check refuses nodes that are not built here, or whose output paths, or those
+// of what they depend on, are not their own: the hash of a derivation does not
+// tell what it says of its own outputs.
 func (g *graph) check(ctx context.Context) error {
 	for _, n := range g.nodes {
 		if n.result != nil || !n.build && !n.top {
@@ -342,7 +344,18 @@ func (g *graph) check(ctx context.Context) error {
 			n.result = failed(nixproto.InputRejected, err)
 			continue
 		}
-		if err := g.hashing(ctx, n, func(m *nixproto.Modulo) error { return m.Check(n.drv) }); err != nil {
+		err := g.hashing(ctx, n, func(m *nixproto.Modulo) error {
+			for _, dep := range n.deps {
+				if dep.drv == nil || dep.result != nil || dep.build { // which is checked by itself
+					continue
+				}
+				if err := m.Check(dep.drv); err != nil {
+					return fmt.Errorf("its input '%s': %w", dep.path, err)
+				}
+			}
+			return m.Check(n.drv)
+		})
+		if err != nil {
 			return err
 		}
 	}

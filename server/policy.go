@@ -1,6 +1,8 @@
 package server
 
 import (
+	"cmp"
+
 	"nbd/nixproto"
 	"nbd/server/settings"
 	"nbd/store"
@@ -61,9 +63,7 @@ func (b *Builds) policyOf(e *settings.Effective) policy {
 		MaxSilent:  atMost(top.MaxSilent, p.limits.MaxSilent),
 		MaxLogSize: atMost(top.MaxLogSize, p.limits.MaxLogSize),
 	}
-	if b.cfg.Retries != 0 {
-		p.restarts = max(0, min(p.restarts, b.cfg.Retries))
-	}
+	p.restarts = max(0, min(p.restarts, cmp.Or(b.cfg.Retries, mostRestarts)))
 	cpus := 0 // what the settings say
 	if e.Origin("default-cpu").Level == settings.Default {
 		cpus = b.cfg.CPUs
@@ -97,8 +97,22 @@ func (p *policy) storedFor(a store.AccountID) (shared bool, own store.AccountID)
 	return p.share, own
 }
 
-// shares reports whether an account lets others use its ends now. One that is
-// not there any more has said nothing else.
+// shares reports whether an account lets others use its ends now. One that was
+// removed does not.
 func (s *Session) shares(a store.AccountID) bool {
-	return s.book == nil || s.book.account(a).ShareResults
+	if s.book == nil {
+		return true
+	}
+	return s.book.exists(a) && s.book.account(a).ShareResults
 }
+
+// usable returns what reports whether the ends of an account may answer others
+// than that account, or a itself. Those that may not give way to newer ones: else
+// who builds first and does not share then would keep others from sharing.
+func (s *Session) usable(a store.AccountID) func(store.AccountID) bool {
+	return func(b store.AccountID) bool { return a == b || s.shares(b) }
+}
+
+// mostRestarts is how often a transient end is tried again at most, where the
+// operator does not say how often: it is free of charge.
+const mostRestarts = 20

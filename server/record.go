@@ -202,8 +202,9 @@ func (b *Builds) stored(a *attempt, owner *request, end *ending) []store.End {
 	rec := owner.record
 	e := store.End{Key: a.key}
 	e.Shared, e.Own = owner.job.set.storedFor(rec.Account)
+	e.Usable = owner.session.usable(rec.Account)
 	failure := store.Failure{Build: rec.ID, Account: rec.Account, Time: rec.Stopped, Log: end.log,
-		Code: end.code, Message: end.message, DrvPath: end.drvPath}
+		Code: end.code, Message: end.message, DrvPath: end.drvPath, MemoryMiB: a.memoryMiB}
 	kind, _ := a.job.drv.Kind()
 	switch {
 	case end.status == reuse.Built:

@@ -13,19 +13,19 @@ import (
 )
 
 // A recipe is what makes a build again: all of a job that does not come from
-// the account. It is stored under the reuse key, as JSON.
+// the account. It is stored under the reuse key, as JSON, by the first account
+// that has such a build, for all of them: it holds nothing that does not follow
+// from the key.
 type recipe struct {
 	Name           string             `json:"name"`
 	ATerm          []byte             `json:"aterm"` // resolved
-	Hash           nixproto.Hash      `json:"hash"`
-	Resolved       nixproto.Hash      `json:"resolved,omitzero"`
 	ScratchDrv     nixproto.StorePath `json:"scratchDrv,omitempty"`
 	BeforeSelfHash bool               `json:"beforeSelfHash,omitempty"`
 }
 
 func (b *Builds) writeRecipe(a *attempt) error {
 	j := a.job
-	text, err := json.Marshal(recipe{j.drv.Name, j.drv.ATerm(), j.hash, j.resolved, j.scratchDrv, j.beforeSelfHash})
+	text, err := json.Marshal(recipe{j.drv.Name, j.drv.ATerm(), j.scratchDrv, j.beforeSelfHash})
 	if err != nil {
 		return err
 	}
@@ -53,7 +53,7 @@ func (b *Builds) Restart(ctx context.Context, s *Session, id store.BuildID) (sto
 	own.leases = lease
 	newID := make(chan store.BuildID, 1)
 	failed := make(chan error, 1)
-	started := b.keep(func(ctx context.Context) {
+	err = b.keep(j, func(ctx context.Context) {
 		defer lease.Release()
 		ctx, cancel := context.WithCancelCause(ctx)
 		defer cancel(nil)
@@ -67,9 +67,9 @@ func (b *Builds) Restart(ctx context.Context, s *Session, id store.BuildID) (sto
 			b.cfg.Logger.Error("build that was started again", "build", r.id(), "err", err)
 		}
 	})
-	if !started {
+	if err != nil {
 		lease.Release()
-		return 0, errEnding
+		return 0, err
 	}
 	select {
 	case err := <-failed:
@@ -104,7 +104,12 @@ func (b *Builds) jobAgain(ctx context.Context, s *Session, rec *store.Build) (*j
 	if err != nil {
 		return nil, err
 	}
-	return &job{account: s.account(), drvPath: rec.DrvPath, drv: drv, set: set, hash: r.Hash, resolved: r.Resolved,
+	// Which derivations resolve to this one is each account's to know.
+	hash, err := nixproto.NewModulo(nil).RealisationHash(drv)
+	if err != nil {
+		return nil, fmt.Errorf("its derivation: %w: %w", store.ErrDamaged, err)
+	}
+	return &job{account: s.account(), drvPath: rec.DrvPath, drv: drv, set: set, hash: hash,
 		scratchDrv: r.ScratchDrv, beforeSelfHash: r.BeforeSelfHash, restart: rec}, nil
 }
 

@@ -66,9 +66,17 @@ type ending struct {
 	log     store.BuildID
 	// crashed says that the builder died as on a faulty processor.
 	crashed bool
+	// memoryMiB is what the guest had.
+	memoryMiB int
 	// kind and after are those of a timeout.
 	kind  string
 	after time.Duration
+}
+
+// starved reports whether a run that failed had less memory than j would begin
+// with: not every builder that lacks some is killed for it.
+func (e *ending) starved(j *job) bool {
+	return e.status == reuse.BuildFailed && e.memoryMiB > 0 && e.memoryMiB < j.set.memoryMiB
 }
 
 // release gives back what an ending holds, when nobody waits any more.
@@ -300,6 +308,7 @@ func (b *Builds) runGuest(f *flight, a *attempt) (end *ending) {
 	if logErr == nil {
 		end.log = a.logID
 	}
+	end.memoryMiB = a.memoryMiB
 	return end
 }
 

@@ -73,6 +73,9 @@ func (b *settingsBook) account(a store.AccountID) settings.Effective {
 	return b.accountLocked(a)
 }
 
+// exists reports whether there is such an account now.
+func (b *settingsBook) exists(a store.AccountID) bool { return b.stored.Settings().Accounts[a] != nil }
+
 // all returns the settings of all accounts, with the accounts themselves.
 func (b *settingsBook) all() []accountSettings {
 	b.mu.Lock()

@@ -54,6 +54,8 @@ type Failure struct {
 	Code    nixproto.BuildStatus `json:"code"`
 	Message string               `json:"message"`
 	DrvPath nixproto.StorePath   `json:"drvPath"`
+	// MemoryMiB is what its guest had; 0 if that is not known.
+	MemoryMiB int `json:"memoryMiB,omitempty"`
 }
 
 // The kinds of timeouts.
@@ -76,6 +78,9 @@ type End struct {
 	// Shared stores it for everybody who shares, Own for one account; 0 for none.
 	Shared bool
 	Own    AccountID
+	// Usable says whose ends may answer others. An earlier end that may not gives
+	// way to this one, even where the earlier one would stay; nil for all.
+	Usable func(AccountID) bool
 
 	Success *Result
 	Failure *Failure
@@ -86,6 +91,9 @@ type End struct {
 
 	Recipe []byte
 }
+
+// usable reports whether an end of an account may answer others.
+func (e *End) usable(a AccountID) bool { return e.Usable == nil || e.Usable(a) }
 
 // endsRecord is what the database holds under a key.
 type endsRecord struct {
@@ -159,7 +167,7 @@ func putEndAt(tx *bolt.Tx, k []byte, e *End) error {
 	switch {
 	case e.Success != nil:
 		there, err := contentsThere(tx, r.Outputs)
-		if err != nil || there {
+		if err != nil || there && e.usable(r.Account) {
 			return err
 		}
 		r.Result = *e.Success
@@ -169,7 +177,7 @@ func putEndAt(tx *bolt.Tx, k []byte, e *End) error {
 		}
 		r.Failures[e.Generation] = e.Failure
 	case e.Timeout != nil:
-		if old := r.Timeouts[e.Kind]; old != nil && old.After > e.Timeout.After {
+		if old := r.Timeouts[e.Kind]; old != nil && old.After > e.Timeout.After && e.usable(old.Account) {
 			return nil
 		}
 		if r.Timeouts == nil {
