@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -41,6 +42,7 @@ import (
 //	rootless               let the server run as an ordinary user
 //	small-state MIB        put the state on a file system of that size
 //	guest-alive            fail unless a guest runs now
+//	kill-guest             SIGKILL to the guests that run now; fail if none does
 //	httpserve NAME WHAT    serve a folder over HTTP at $NAME; what is a URL is
 //	                       redirected to (status 302), `loop` leads to itself
 //	nothing-left           fail unless guests, their files and cgroups are gone
@@ -82,8 +84,9 @@ func TestScripts(t *testing.T) {
 			"account": command((*script).account), "as": command((*script).as),
 			"background": command((*script).background), "interrupt": command((*script).interrupt),
 			"awaitlog": command((*script).awaitLog), "awaitclient": command((*script).awaitClient), "nothing-left": command((*script).nothingLeft), "guest-alive": command((*script).guestAlive),
-			"httpserve": command((*script).httpServe),
-			"rootless":  command((*script).rootless), "small-state": command((*script).smallState),
+			"kill-guest": command((*script).killGuest),
+			"httpserve":  command((*script).httpServe),
+			"rootless":   command((*script).rootless), "small-state": command((*script).smallState),
 		},
 	})
 }
@@ -532,17 +535,29 @@ func (s *script) nothingLeft(ts *testscript.TestScript, _ []string) error {
 
 // guestAlive proves that nothing-left would find a guest.
 func (s *script) guestAlive(ts *testscript.TestScript, _ []string) error {
-	guest, err := guestProcess(ts.Getenv("STATE"))
-	if err == nil && guest == "" {
+	guests, err := guestProcesses(ts.Getenv("STATE"))
+	if err == nil && len(guests) == 0 {
 		err = errors.New("no guest is seen while one runs")
+	}
+	return err
+}
+
+// killGuest ends guests as the kernel does when it runs out of memory.
+func (s *script) killGuest(ts *testscript.TestScript, _ []string) error {
+	if err := s.guestAlive(ts, nil); err != nil {
+		return err
+	}
+	guests, err := guestProcesses(ts.Getenv("STATE"))
+	for _, pid := range guests {
+		err = errors.Join(err, syscall.Kill(pid, syscall.SIGKILL))
 	}
 	return err
 }
 
 // leftovers names something that a build left, "" if nothing.
 func (s *script) leftovers(state string) (string, error) {
-	if guest, err := guestProcess(state); err != nil || guest != "" {
-		return guest, err
+	if guests, err := guestProcesses(state); err != nil || len(guests) > 0 {
+		return fmt.Sprintf("QEMU, processes %v", guests), err
 	}
 	files, err := filepath.Glob(filepath.Join(state, "guests", "*"))
 	if err != nil || len(files) > 0 {
@@ -563,12 +578,13 @@ func (s *script) leftovers(state string) (string, error) {
 	return group, err
 }
 
-// guestProcess finds a QEMU that has a file of the state directory open, such as
-// its scratch disk, which has no name any more. Nothing else tells whose it is.
-func guestProcess(state string) (string, error) {
+// guestProcesses finds each QEMU that has a file of the state directory open,
+// such as its scratch disk, which has no name any more. Nothing else tells whose
+// it is.
+func guestProcesses(state string) (pids []int, err error) {
 	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	for _, link := range links {
 		to, err := os.Readlink(link)
@@ -576,9 +592,17 @@ func guestProcess(state string) (string, error) {
 			continue // it ended meanwhile, or is another's
 		}
 		process := filepath.Dir(filepath.Dir(link))
-		if name, err := os.ReadFile(filepath.Join(process, "comm")); err == nil && bytes.HasPrefix(name, []byte("qemu-system")) {
-			return "QEMU, " + process, nil
+		name, err := os.ReadFile(filepath.Join(process, "comm"))
+		if err != nil || !bytes.HasPrefix(name, []byte("qemu-system")) {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(process))
+		if err != nil {
+			return nil, err
+		}
+		if !slices.Contains(pids, pid) {
+			pids = append(pids, pid)
 		}
 	}
-	return "", nil
+	return pids, nil
 }

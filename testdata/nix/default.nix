@@ -34,6 +34,10 @@ in
   fan = run "fan"
     { parts = builtins.genList (i: run "part-${toString i}" { } "echo ${toString i} > $out") (builtins.fromJSON n); }
     "busybox cat $parts > $out";
+  # The same, each with contents of its own each time that it really runs.
+  crew = run "crew"
+    { parts = builtins.genList (i: run "member-${toString i}" { } "${random} > $out") (builtins.fromJSON n); }
+    "echo $parts > $out; ${random} >> $out";
   outputs = run "outputs" { outputs = [ "out" "dev" "doc" ]; } ''
     busybox mkdir $out $dev
     echo $dev > $out/needs
