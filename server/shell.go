@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
 	"strings"
 )
 
@@ -69,6 +70,7 @@ func (ss *session) untilInterrupted() (ctx context.Context, stop context.CancelF
 func (ss *session) runLines() int {
 	in := bufio.NewReaderSize(ss.ch, maxCommandLen+1)
 	status := 0
+	open := false // the last line of stdout has no end yet
 	for {
 		words, err := readWords(in)
 		var usage *usageError
@@ -78,7 +80,14 @@ func (ss *session) runLines() int {
 		case len(words) == 1 && isExit(words[0]):
 			return status
 		case len(words) > 0:
-			if st := ss.runLine(ss.ctx, nil, ss.stdout(), ss.stderr(), words); st != 0 {
+			if open {
+				_, _ = io.WriteString(ss.stdout(), "\n") // the client may be gone
+			}
+			run := ss.runPiped
+			if open = isOldKeyCommand(words); open {
+				run = ss.runOldKeyCommand
+			}
+			if st := run(words); st != 0 {
 				status = st
 			}
 		}
@@ -86,6 +95,33 @@ func (ss *session) runLines() int {
 			return status
 		}
 	}
+}
+
+// runPiped runs one command on plain pipes.
+func (ss *session) runPiped(words []string) int {
+	return ss.runLine(ss.ctx, nil, ss.stdout(), ss.stderr(), words)
+}
+
+// isOldKeyCommand reports whether the oldest published scripts ask so for the
+// signing key of their account.
+func isOldKeyCommand(words []string) bool {
+	return slices.Equal(words, []string{"show", "public-signing-key"})
+}
+
+// runOldKeyCommand answers those scripts as they want it, and who reads stdout,
+// too. They keep stdin open until the key comes on stderr, behind a prompt with
+// the name of the server; they cut the prompt off, and take that together with
+// what is on stdout for a list of keys. So the line on stdout is not ended here,
+// and there is one blank more behind the prompt.
+func (ss *session) runOldKeyCommand(words []string) int {
+	var answer strings.Builder
+	status := ss.runLine(ss.ctx, nil, &answer, ss.stderr(), words)
+	if key := strings.TrimSpace(answer.String()); key != "" {
+		server, _, _ := strings.Cut(key, "/")
+		_, _ = io.WriteString(ss.stdout(), key) // the client may be gone
+		_, _ = io.WriteString(ss.stderr(), server+">  "+key+"\n")
+	}
+	return status
 }
 
 // isExit reports whether a word ends the shell.

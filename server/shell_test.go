@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -195,6 +197,51 @@ func TestShellOnPipes(t *testing.T) {
 	}
 	if out, _, _ := ts.command(ts.alice, "shell settings --help", ""); !strings.Contains(out, "max-cpu-hours-per-month") || !strings.Contains(out, "--reset") {
 		t.Errorf("help of settings: %q", out)
+	}
+}
+
+// TestOldestKeyCommand: the oldest published scripts keep stdin open until the
+// key comes on stderr, cut off what is before it there, and put it behind what
+// came on stdout; the whole becomes a line of nix.conf.
+func TestOldestKeyCommand(t *testing.T) {
+	ts := newTestServer(t, nil)
+	key := ts.account.PublicKey
+	p := ts.exec(ts.dial(ts.alice), "shell")
+	if _, err := io.WriteString(p.WriteCloser, "show public-signing-key\n"); err != nil {
+		t.Fatal(err)
+	}
+	var out [200]byte
+	n, err := p.Reader.Read(out[:])
+	if err != nil || string(out[:n]) != key {
+		t.Fatalf("stdout %q, %v; want %q and no line end", out[:n], err, key)
+	}
+	deadline := time.Now().Add(patience)
+	for !strings.HasSuffix(p.stderr.String(), "\n") && time.Now().Before(deadline) {
+		time.Sleep(time.Millisecond) // nothing tells of what comes on stderr
+	}
+	line := strings.TrimSuffix(p.stderr.String(), "\n")
+	if !regexp.MustCompile("test/[^:]+:").MatchString(line) {
+		t.Fatalf("stderr %q", line)
+	}
+	found := string(out[:n]) + regexp.MustCompile(".*test> ").ReplaceAllString(line, "")
+	if got := strings.Fields(found); !slices.Equal(got, []string{key, key}) || strings.Contains(found, "\n") {
+		t.Errorf("the script finds %q", found)
+	}
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if status := p.status(t); status != 0 {
+		t.Errorf("status %d", status)
+	}
+	for input, want := range map[string]string{
+		"show public-signing-key\nexit\n":                      key,
+		"show public-signing-key":                              key,
+		"show public-signing-key\nsettings timeout --show\n":   key + "\n0\n",
+		"show public-signing-key\nshow public-signing-key\n\n": key + "\n" + key,
+	} {
+		if out, _, status := ts.command(ts.alice, "shell", input); out != want || status != 0 {
+			t.Errorf("%q: %d, %q", input, status, out)
+		}
 	}
 }
 

@@ -22,7 +22,7 @@ type Setup struct {
 }
 
 // SetupKinds are the kinds of configuration that Text knows.
-var SetupKinds = []string{"nix.conf", "nixos", "nix-darwin", "ssh"}
+var SetupKinds = []string{"nix.conf", "nixos", "nix-darwin", "ssh", "github-action"}
 
 // HostKeyBase64 is the host key as the eighth field of a machines line and
 // publicHostKey want it.
@@ -98,13 +98,24 @@ builders-use-substitutes = true
   '';
 }
 `
+	// The published action takes where the server is from its inputs.
+	actionSetup = `# .github/workflows/*.yml: a step after the one that installs Nix. NBD_TOKEN is a
+# secret of the repository, made by
+#   nbd admin token create ACCOUNT --name ci --permissions build:read,build:write,store:read,store:write
+- uses: nixbuild/nixbuild-action@v24
+  with:
+    nixbuild_token: ${{"{{"}} secrets.NBD_TOKEN }}
+    ssh_address: {{.Host}}
+    ssh_port: {{.Port}}
+    ssh_public_host_key: {{.HostKey}}
+`
 )
 
 var setupText = template.Must(template.New("setup").Parse(sshText))
 
 // Text returns the configuration of a kind out of SetupKinds.
 func (s *Setup) Text(kind string) (string, error) {
-	texts := map[string]string{"nix.conf": confSetup, "nixos": nixosSetup, "nix-darwin": nixosSetup, "ssh": sshSetup}
+	texts := map[string]string{"nix.conf": confSetup, "nixos": nixosSetup, "nix-darwin": nixosSetup, "ssh": sshSetup, "github-action": actionSetup}
 	text, ok := texts[kind]
 	if !ok {
 		return "", &HintError{fmt.Errorf("there is no configuration for %q", kind),

@@ -14,6 +14,7 @@ func TestSetup(t *testing.T) {
 		{"nixos", "programs.ssh.extraConfig = ''\n    Host nbd\n      HostName builder.example\n      Port 2222"},
 		{"nix-darwin", `environment.etc."ssh/ssh_config.d/100-nbd.conf".text`},
 		{"ssh", "[builder.example]:2222 ssh-ed25519 AAAAC3Nz"},
+		{"github-action", "    nixbuild_token: ${{ secrets.NBD_TOKEN }}\n    ssh_address: builder.example\n    ssh_port: 2222\n    ssh_public_host_key: ssh-ed25519 AAAAC3Nz\n"},
 		{"ssh", "Host nbd\n  HostName builder.example\n  Port 2222\n"},
 	}
 	for _, tt := range tests {
