@@ -90,6 +90,8 @@ func hintOf(err error) string {
 		return "start the newer nbd, or name another directory with --state"
 	case errors.Is(err, store.ErrDamaged):
 		return "put the state directory back from a backup, or name another one with --state: accounts and paths are in its nbd.db"
+	case errors.Is(err, syscall.ENOTDIR):
+		return "name a directory with --state; it is made if it is not there"
 	case errors.As(err, &usage):
 		return "see `nbd help`, or --help after any command"
 	}
@@ -297,10 +299,11 @@ func kernelCommand() *cobra.Command {
 			Short: "Keep a kernel from a package (.deb, .rpm) or from a folder with vmlinuz and its modules",
 			RunE: func(cmd *cobra.Command, args []string) error {
 				k, err := vm.ImportKernel(cfg.Text("state"), args[0])
-				if err == nil {
-					fmt.Fprintln(cmd.OutOrStdout(), "imported", k.Name)
+				if err != nil {
+					return importError(err)
 				}
-				return err
+				fmt.Fprintln(cmd.OutOrStdout(), "imported", k.Name)
+				return nil
 			}},
 		&cobra.Command{Use: "list", Args: admincli.ExactArgs(), Short: "List kernels that guests could run, the one to be used first",
 			RunE: func(cmd *cobra.Command, _ []string) error {
@@ -315,6 +318,16 @@ func kernelCommand() *cobra.Command {
 				return w.Flush()
 			}})
 	return cmd
+}
+
+// importError adds the way out to an error about what was imported. The host's
+// own troubles, such as a full disk, speak for themselves.
+func importError(err error) error {
+	var number syscall.Errno
+	if errors.As(err, &number) && number != syscall.ENOENT {
+		return err
+	}
+	return &adminapi.HintError{Err: err, Hint: "name a distribution's kernel package for x86-64 (Debian's linux-image-…-amd64.deb, Fedora's kernel-core-….rpm), or a folder with vmlinuz and its modules"}
 }
 
 func setupCommand() *cobra.Command {

@@ -182,7 +182,7 @@ func (c *Config) readFile() (map[string]string, error) {
 	}
 	b, err := os.ReadFile(c.file)
 	if err != nil {
-		return nil, fmt.Errorf("read configuration: %w", err)
+		return nil, &adminapi.HintError{Err: fmt.Errorf("read configuration: %w", err), Hint: "name a TOML file that is there with --config or NBD_CONFIG, or leave it out"}
 	}
 	var raw map[string]any
 	if err := toml.Unmarshal(b, &raw); err != nil {
