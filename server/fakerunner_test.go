@@ -25,6 +25,7 @@ type fakeRunner struct {
 	mu         sync.Mutex
 	status     vm.Status
 	generation string // default "fake 1"
+	unknown    bool   // what there is, until Qualify
 	acts       map[string]func(*fakeRun) error
 	runs       map[string]int // by derivation name
 	running    int
@@ -43,10 +44,18 @@ type fakeRun struct {
 func (r *fakeRunner) Generation() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.unknown {
+		return ""
+	}
 	return cmp.Or(r.generation, "fake 1")
 }
 
-func (r *fakeRunner) Qualify(context.Context, bool) (vm.Status, error) { return r.Status(), nil }
+func (r *fakeRunner) Qualify(context.Context, bool) (vm.Status, error) {
+	r.mu.Lock()
+	r.unknown = false
+	r.mu.Unlock()
+	return r.Status(), nil
+}
 
 func (r *fakeRunner) Status() vm.Status { return r.status }
 

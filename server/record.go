@@ -119,8 +119,8 @@ func (b *Builds) queuedRecord(a *attempt) {
 	}
 }
 
-// startRecord says that the attempt runs.
-func (b *Builds) startRecord(a *attempt) error {
+// startRecord says that the attempt runs, in that sandbox generation.
+func (b *Builds) startRecord(a *attempt, generation string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	r := a.owner
@@ -131,7 +131,7 @@ func (b *Builds) startRecord(a *attempt) error {
 	r.record.Started = time.Now()
 	r.record.CPUs = a.cpus
 	r.record.MemoryMiB = a.memoryMiB
-	r.record.Generation = b.sandbox()
+	r.record.Generation = generation
 	if a.before == nil && a.job.mode == nixproto.BuildNormal {
 		if err := b.writeRecipe(a); err != nil {
 			return err

@@ -305,6 +305,17 @@ func TestReuseFailure(t *testing.T) {
 	}
 }
 
+// The first build after a start may come before the sandbox is known.
+func TestReuseFirstFailure(t *testing.T) {
+	bt := newBuildTest(t, nil)
+	bt.runner.unknown = true
+	req := failing(bt, exit(3))
+	bt.alice().build(req)
+	r, _ := bt.alice().build(req)
+	wantError(t, r, nixproto.PermanentFailure, "marker 1", "reused failure")
+	bt.wantRuns(1)
+}
+
 // What is no truth about the build is not served to anybody again.
 func TestReuseNeverOfDisturbedRuns(t *testing.T) {
 	for name, c := range map[string]struct {

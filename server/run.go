@@ -264,7 +264,13 @@ func (b *Builds) runGuest(f *flight, a *attempt) (end *ending) {
 		}
 	}()
 	ctx := f.Context()
-	if err := b.startRecord(a); err != nil {
+	// The first build of a server may come before the generation is known, and
+	// its failure counts as well.
+	generation, err := b.generation(ctx)
+	if err != nil {
+		return b.failedRun(f, a, err, 0)
+	}
+	if err := b.startRecord(a, generation); err != nil {
 		return b.broken(j, "record the build", err)
 	}
 	file, err := b.store.CreateBuildLog(ctx, a.logID)
