@@ -337,7 +337,7 @@ func TestMaxUnauthenticated(t *testing.T) {
 // TestKeepAlive: a client is asked when it is silent, and one that does not
 // answer loses its connection.
 func TestKeepAlive(t *testing.T) {
-	ts := newTestServer(t, func(c *Config) { c.KeepAlive = 50 * time.Millisecond })
+	ts := newTestServer(t, func(c *Config) { c.KeepAlive = time.Second })
 	dial := func(answer bool) (gossh.Conn, <-chan struct{}, <-chan struct{}) {
 		c, err := net.Dial("tcp", ts.addr)
 		if err != nil {
