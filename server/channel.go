@@ -15,6 +15,7 @@ import (
 	gossh "golang.org/x/crypto/ssh"
 
 	"nbd/server/settings"
+	"nbd/store"
 )
 
 // Bounds of the settings that a session may send.
@@ -34,6 +35,7 @@ type session struct {
 	busy   bool              // a request is being worked on; guarded by server.mu
 	term   terminalSize      // of the client's terminal, if it has one
 	json   bool              // its command is api: errors are JSON
+	trust  *store.Settings   // that the Sight was last restricted to; nil before
 	tokens map[string]string // variables that may bring a token; kept apart from Env, which is told to others
 }
 
@@ -265,6 +267,7 @@ func (s *Server) removeSession(ss *session) {
 // begin marks a session busy with a request; it reports false if the server
 // takes no more.
 func (ss *session) begin() bool {
+	ss.restrictSight()
 	ss.server.mu.Lock()
 	defer ss.server.mu.Unlock()
 	ss.busy = ss.server.state == serving

@@ -86,8 +86,20 @@ func (t *trusts) refreshLocked() {
 	t.of = version
 }
 
+// restrictSight takes from a session what others do not let its account use any
+// more. It is called between two requests.
+func (ss *session) restrictSight() {
+	now := ss.server.book.version()
+	if ss.trust == now || ss.Sight == nil {
+		return
+	}
+	ss.trust = now
+	ss.Sight.Restrict(ss.server.trusts.trust(ss.account(), ss.Settings.TrustedPublicKeys))
+}
+
 // newSight returns what an account may use now, if signatures by keys count for
-// it. A session and its builds keep to it until they end.
+// it. A session and its builds keep to it until they end, as far as the others
+// stand by it (restrictSight).
 func (s *Server) newSight(a store.AccountID, keys []nixproto.PublicKey) *store.Sight {
 	return s.store.NewSight(a, s.trusts.trust(a, keys))
 }

@@ -43,6 +43,10 @@ type burst struct {
 type placedFile struct {
 	sum  sum
 	file *blobFile
+	// spare says that the bytes are stored already. The file is written and
+	// synced all the same: how long an upload takes must not tell what others
+	// have.
+	spare bool
 }
 
 // newBurst returns a burst into the own view of v's account.
@@ -193,9 +197,18 @@ func (b *burst) addFile(h sum, f *blobFile, x nar.Index, replace bool) error {
 		f.drop()
 		return err
 	}
-	f.startWriteback()
 	b.addBlob(newBlob{sum: h, at: at, replace: replace})
-	b.files = append(b.files, placedFile{h, f})
+	return b.keepFile(placedFile{sum: h, file: f})
+}
+
+// addSpare adds a file whose bytes are stored already.
+func (b *burst) addSpare(h sum, f *blobFile) error {
+	return b.keepFile(placedFile{sum: h, file: f, spare: true})
+}
+
+func (b *burst) keepFile(p placedFile) error {
+	p.file.startWriteback()
+	b.files = append(b.files, p)
 	if b.open++; b.open < maxOpenFiles {
 		return nil
 	}
@@ -231,6 +244,10 @@ func (b *burst) placeFiles() error {
 	}
 	dirs := make(map[string]bool)
 	for _, f := range b.files {
+		if f.spare {
+			f.file.drop()
+			continue
+		}
 		if err := f.file.place(f.sum); err != nil {
 			return err
 		}
@@ -271,7 +288,9 @@ func (b *burst) commit() error {
 	}
 	b.kept = append(b.kept, req.kept...)
 	for _, f := range b.files {
-		b.s.unstray(f.sum)
+		if !f.spare {
+			b.s.unstray(f.sum)
+		}
 	}
 	b.files = b.files[:0]
 	b.req = commitRequest{account: b.req.account, repair: b.req.repair, frames: b.req.frames[:0]}

@@ -222,6 +222,7 @@ func (c *choosing) candidates(p nixproto.StorePath) (list []*choice, err error) 
 	if before != nil {
 		return []*choice{before}, nil
 	}
+	trust := v.trust.Load()
 	add := func(r *record, keys []nixproto.PublicKey, deriver bool) error {
 		lent := &record{PathInfo: r.PathInfo, outputs: r.outputs}
 		lent.RegistrationTime, lent.Ultimate = 0, false
@@ -229,7 +230,7 @@ func (c *choosing) candidates(p nixproto.StorePath) (list []*choice, err error) 
 			if len(v.s.goodSignatures(r, keys)) == 0 {
 				return nil
 			}
-			lent.Signatures = v.s.goodSignatures(r, v.trust.Keys)
+			lent.Signatures = v.s.goodSignatures(r, trust.Keys)
 		}
 		if !deriver {
 			lent.Deriver = ""
@@ -238,7 +239,7 @@ func (c *choosing) candidates(p nixproto.StorePath) (list []*choice, err error) 
 		list = append(list, &choice{lent, h})
 		return err
 	}
-	for _, a := range v.trust.Linked {
+	for _, a := range trust.Linked {
 		r, err := c.r.get(a, p)
 		if err == nil && r != nil {
 			err = add(r, nil, true)
@@ -262,7 +263,7 @@ func (c *choosing) candidates(p nixproto.StorePath) (list []*choice, err error) 
 			}
 		}
 	}
-	for _, o := range v.trust.Offers {
+	for _, o := range trust.Offers {
 		r, err := c.r.get(o.Account, p)
 		if err == nil && r != nil {
 			err = add(r, o.Keys, true)

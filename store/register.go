@@ -140,13 +140,15 @@ func (s *Store) registerOne(b *burst, r *record, lent []*record, st *Staged) err
 	if err := b.addPath(r, lent); err != nil {
 		return err
 	}
+	if f := st.file; f != nil {
+		st.file, st.used = nil, true
+		if stored {
+			return b.addSpare(h, f)
+		}
+		return b.addFile(h, f, st.Index(), damaged)
+	}
 	if stored {
 		return nil
-	}
-	if st.file != nil {
-		f := st.file
-		st.file, st.used = nil, true
-		return b.addFile(h, f, st.Index(), damaged)
 	}
 	start := b.beginFrame()
 	b.req.frames = append(b.req.frames, st.mem...)

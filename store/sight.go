@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	bolt "go.etcd.io/bbolt"
 
@@ -43,16 +44,16 @@ type Offer struct {
 // What another view's content is chosen for a path stays chosen while a Lease
 // of the Sight is held, whatever happens in that view, unless its account is
 // removed; the content is kept as well. The own view goes before it at any
-// time.
+// time. Trust that ends meanwhile is taken away with Restrict.
 //
 // A Sight is for one session or build. Its methods are safe for concurrent
 // use. It needs no closing.
 type Sight struct {
 	s       *Store
 	account AccountID
-	trust   Trust
-	public  []nixproto.PublicKey // of trust.Keys, those of the operator
-	alone   bool                 // nothing can be lent
+	trust   atomic.Pointer[Trust] // what it points to does not change
+	public  []nixproto.PublicKey  // of trust.Keys, those of the operator
+	alone   bool                  // nothing can be lent, and never could
 
 	mu       sync.Mutex
 	leases   int // that are held
@@ -64,20 +65,45 @@ type Sight struct {
 
 // NewSight returns what the account may use with that trust.
 func (s *Store) NewSight(a AccountID, t Trust) *Sight {
-	v := &Sight{s: s, account: a, trust: Trust{Keys: slices.Clone(t.Keys)}, public: s.publicKeys(t.Keys)}
+	v := &Sight{s: s, account: a, public: s.publicKeys(t.Keys)}
+	trust := &Trust{Keys: slices.Clone(t.Keys)}
 	for _, l := range t.Linked {
-		if l != a && !slices.Contains(v.trust.Linked, l) {
-			v.trust.Linked = append(v.trust.Linked, l)
+		if l != a && !slices.Contains(trust.Linked, l) {
+			trust.Linked = append(trust.Linked, l)
 		}
 	}
 	for _, o := range t.Offers {
 		keys := slices.DeleteFunc(slices.Clone(o.Keys), func(k nixproto.PublicKey) bool { return !slices.Contains(t.Keys, k) })
 		if o.Account != a && len(keys) > 0 {
-			v.trust.Offers = append(v.trust.Offers, Offer{o.Account, keys})
+			trust.Offers = append(trust.Offers, Offer{o.Account, keys})
 		}
 	}
-	v.alone = len(v.trust.Linked)+len(v.trust.Offers)+len(v.public) == 0
+	v.trust.Store(trust)
+	v.alone = len(trust.Linked)+len(trust.Offers)+len(v.public) == 0
 	return v
+}
+
+// Restrict takes away what is not in t of links and offers. What was chosen of
+// them stays chosen; nothing more is.
+func (v *Sight) Restrict(t Trust) {
+	old := v.trust.Load()
+	now := &Trust{Keys: old.Keys}
+	for _, a := range old.Linked {
+		if slices.Contains(t.Linked, a) {
+			now.Linked = append(now.Linked, a)
+		}
+	}
+	for _, o := range old.Offers {
+		i := slices.IndexFunc(t.Offers, func(n Offer) bool { return n.Account == o.Account })
+		if i < 0 {
+			continue
+		}
+		keys := slices.DeleteFunc(slices.Clone(o.Keys), func(k nixproto.PublicKey) bool { return !slices.Contains(t.Offers[i].Keys, k) })
+		if len(keys) > 0 {
+			now.Offers = append(now.Offers, Offer{o.Account, keys})
+		}
+	}
+	v.trust.Store(now)
 }
 
 // Account returns whose Sight it is.
@@ -201,6 +227,13 @@ func (v *Sight) ByHashPart(ctx context.Context, part string) (nixproto.StorePath
 // withHashPart returns the paths of others with that hash part, which the
 // account may use or not.
 func (v *Sight) withHashPart(part string) (paths []nixproto.StorePath, err error) {
+	v.mu.Lock()
+	for p := range v.choices {
+		if p.HashPart() == part {
+			paths = append(paths, p)
+		}
+	}
+	v.mu.Unlock()
 	err = v.s.read(func(tx *bolt.Tx) error {
 		for _, a := range v.lenders() {
 			if view, err := openView(tx, a); err == nil {
@@ -219,8 +252,9 @@ func (v *Sight) withHashPart(part string) (paths []nixproto.StorePath, err error
 
 // lenders returns the linked accounts, and then those that offer something.
 func (v *Sight) lenders() []AccountID {
-	all := slices.Clone(v.trust.Linked)
-	for _, o := range v.trust.Offers {
+	trust := v.trust.Load()
+	all := slices.Clone(trust.Linked)
+	for _, o := range trust.Offers {
 		all = append(all, o.Account)
 	}
 	return all
@@ -236,7 +270,7 @@ func (v *Sight) Referrers(ctx context.Context, p nixproto.StorePath) ([]nixproto
 	var candidates []nixproto.StorePath
 	targets := map[string]bool{p.Base(): true}
 	err := v.s.read(func(tx *bolt.Tx) error {
-		for _, a := range append([]AccountID{v.account}, v.trust.Linked...) {
+		for _, a := range append([]AccountID{v.account}, v.trust.Load().Linked...) {
 			view, err := openView(tx, a)
 			if err != nil { // removed
 				continue
@@ -327,12 +361,13 @@ func (v *Sight) lentRealisations(drvHash nixproto.Hash, output string) (list []l
 			list = append(list, lentRealisation{*real, out.NarHash})
 			return nil
 		}
-		for _, a := range v.trust.Linked {
+		trust := v.trust.Load()
+		for _, a := range trust.Linked {
 			if err := look(a, nil); err != nil {
 				return err
 			}
 		}
-		for _, o := range v.trust.Offers {
+		for _, o := range trust.Offers {
 			if err := look(o.Account, o.Keys); err != nil {
 				return err
 			}

@@ -236,19 +236,13 @@ type incoming struct {
 }
 
 // receive reads the NAR, verifies it and adds its blob to the burst.
-func (n *incoming) receive(r io.Reader) (err error) {
+func (n *incoming) receive(r io.Reader) error {
 	b := n.u.b
 	if n.rec.NarSize <= smallNAR {
 		n.stored, n.damaged = b.blobs[n.want], n.u.opts.Repair
 		return n.receiveSmall(r)
 	}
-	if n.stored, n.damaged, err = b.stored(n.want); err != nil {
-		return err
-	}
-	if n.u.opts.Repair && n.stored {
-		n.stored, n.damaged = b.blobs[n.want], true
-	}
-	if n.stored || n.keep {
+	if b.blobs[n.want] || n.keep {
 		return n.take(n.u.ingest(io.Discard), r)
 	}
 	return n.receiveFile(r)
@@ -275,7 +269,9 @@ func (w *frameWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// receiveFile reads a NAR into a file of its own.
+// receiveFile reads a NAR into a file of its own. Whether its bytes are stored
+// already is looked up only when they have arrived: who claims a hash must not
+// learn whether others have what it is of.
 func (n *incoming) receiveFile(r io.Reader) error {
 	b := n.u.b
 	if err := b.s.room(int64(n.rec.NarSize)); err != nil {
@@ -286,9 +282,18 @@ func (n *incoming) receiveFile(r io.Reader) error {
 		return err
 	}
 	in := n.u.ingest(f)
-	if err = n.take(in, r); err != nil {
+	err = n.take(in, r)
+	if err == nil {
+		n.stored, n.damaged, err = b.stored(n.want)
+	}
+	switch {
+	case err != nil:
 		f.drop()
 		return err
+	case n.stored && n.u.opts.Repair:
+		n.damaged = true
+	case n.stored:
+		return b.addSpare(n.want, f)
 	}
 	return b.addFile(n.want, f, in.parser.Index(), n.damaged)
 }
