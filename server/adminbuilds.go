@@ -59,7 +59,8 @@ func (a *Admin) listBuilds(r *http.Request) (any, error) {
 	if err != nil || limit < 0 || limit > maxAdminBuilds {
 		return nil, &adminapi.Error{Text: fmt.Sprintf("at most %d builds are listed at once", maxAdminBuilds)}
 	}
-	f := store.BuildFilter{Status: q["status"], Reused: q.Get("reused") == "true", Limit: cmp.Or(limit, adminBuilds),
+	f := store.BuildFilter{Status: q["status"], Reused: q.Get("reused") == "true",
+		Refused: slices.Contains(q["status"], store.StatusClientError), Limit: cmp.Or(limit, adminBuilds),
 		Match: func(b *store.Build) bool { return hasTags(b, tags) }}
 	for _, s := range f.Status {
 		if !slices.Contains(buildStatuses, s) {
@@ -72,12 +73,18 @@ func (a *Admin) listBuilds(r *http.Request) (any, error) {
 	}
 	list := []buildOfAccount{}
 	for _, acc := range accounts {
-		builds, err := a.store.Builds(ctx, acc.ID, f)
+		builds, err := a.store.Builds(ctx, acc, f)
 		if err != nil {
 			return nil, err
 		}
+		name := ""
 		for i := range builds {
-			b, err := a.describe(ctx, acc.Name, &builds[i])
+			if name == "" {
+				if name, err = a.accountName(ctx, acc); err != nil {
+					return nil, err
+				}
+			}
+			b, err := a.describe(ctx, name, &builds[i])
 			if err != nil {
 				return nil, err
 			}
@@ -88,13 +95,14 @@ func (a *Admin) listBuilds(r *http.Request) (any, error) {
 	return list[:min(len(list), f.Limit)], nil
 }
 
-// accountsNamed is the account of a name, all of them if name is "".
-func (a *Admin) accountsNamed(ctx context.Context, name string) ([]store.Account, error) {
+// accountsNamed is the account of a name; if name is "", all that have builds,
+// those that were removed among them.
+func (a *Admin) accountsNamed(ctx context.Context, name string) ([]store.AccountID, error) {
 	if name == "" {
-		return a.store.Accounts(ctx)
+		return a.store.BuildAccounts(ctx)
 	}
 	acc, err := a.account(ctx, name)
-	return []store.Account{acc}, err
+	return []store.AccountID{acc.ID}, err
 }
 
 func (a *Admin) describe(ctx context.Context, account string, b *store.Build) (buildOfAccount, error) {

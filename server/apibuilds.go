@@ -17,10 +17,10 @@ import (
 // filterFlags select builds.
 var filterFlags = []apiFlag{
 	{"--tags", "K:V,…", "those that have all these tags"},
-	{"--status", "S,…", "those with one of these statuses"},
+	{"--status", "S,…", "those with one of these statuses; client_error: those that were refused, too"},
 	{"--create-time-from", "TIME", "those created then or later (2026-11-30, or 2026-11-30T18:00:00Z)"},
 	{"--create-time-to", "TIME", "those created before"},
-	{"--reused", "", "requests that were answered without a run, too"},
+	{"--reused", "", "requests that were answered or refused without a run, too"},
 	{"--limit", "N", "at most so many, the newest"},
 }
 
@@ -29,7 +29,9 @@ func buildCommands() []apiCommand {
 	return []apiCommand{
 		{name: "builds list", flags: filterFlags, need: BuildRead, run: listBuilds,
 			help: "list builds, the newest first",
-			more: fmt.Sprintf("In the shell the list ends after %d builds; --limit 0 lists all.", shellBuilds),
+			more: fmt.Sprintf("The list is of builds that ran. A request for which nothing was run has an id, too: --reused\n"+
+				"lists all of them, --status client_error those that were refused, such as for a monthly limit.\n"+
+				"In the shell the list ends after %d builds; --limit 0 lists all.", shellBuilds),
 			text: listText(buildHead, "no builds", printBuildRow)},
 		{name: "builds show", args: "ID", need: BuildRead, run: showBuild,
 			help: "show one build", text: textOf(printBuild), complete: completeBuild},
@@ -81,6 +83,7 @@ func (c *apiCall) parseFilter() (store.BuildFilter, error) {
 		f.Limit = shellBuilds
 	}
 	f.Reused = c.has("--reused")
+	f.Refused = slices.Contains(f.Status, store.StatusClientError) // a run hardly ever has that end
 	if len(tags) > 0 {
 		f.Match = func(b *store.Build) bool { return hasTags(b, tags) }
 	}

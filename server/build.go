@@ -212,17 +212,17 @@ type job struct {
 func (b *Builds) Build(ctx context.Context, s *Session, req *BuildRequest, log LogSink) (*nixproto.BuildResult, error) {
 	set, err := b.policy(s, req.Drv, req.Limits)
 	if err != nil {
-		return failed(nixproto.InputRejected, err), nil
+		return b.noteRefused(ctx, s, req.DrvPath, req.Drv, req.Limits, failed(nixproto.InputRejected, err)), nil
 	}
 	if err := checkDerivation(req.DrvPath, req.Drv, b.cfg.Systems, b.cfg.Features); err != nil {
-		return failed(nixproto.InputRejected, err), nil
+		return b.noteRefused(ctx, s, req.DrvPath, req.Drv, req.Limits, failed(nixproto.InputRejected, err)), nil
 	}
 	if kind, _ := req.Drv.Kind(); kind == nixproto.InputAddressed && !s.Client.Can(StoreWrite) {
 		return b.buildProven(ctx, s, req, log)
 	}
 	hash, err := nixproto.NewModulo(nil).RealisationHash(req.Drv) // it has no inputs to look up
 	if err != nil {
-		return failed(nixproto.InputRejected, err), nil
+		return b.noteRefused(ctx, s, req.DrvPath, req.Drv, req.Limits, failed(nixproto.InputRejected, err)), nil
 	}
 	return b.build(ctx, s, &job{
 		account: s.account(),
@@ -246,8 +246,8 @@ func (b *Builds) buildProven(ctx context.Context, s *Session, req *BuildRequest,
 		return nil, err
 	}
 	if len(valid) == 0 {
-		return failed(nixproto.InputRejected, refusef("cannot build '%s': this key lacks the permission store:write, "+
-			"so the .drv file and those it depends on are needed to check the output paths", req.DrvPath)), nil
+		return b.noteRefused(ctx, s, req.DrvPath, req.Drv, req.Limits, failed(nixproto.InputRejected, refusef("cannot build '%s': this key lacks the permission store:write, "+
+			"so the .drv file and those it depends on are needed to check the output paths", req.DrvPath))), nil
 	}
 	results, err := b.BuildPaths(ctx, s, &PathsRequest{
 		Paths:  []nixproto.DerivedPath{{Path: req.DrvPath, Outputs: req.Drv.OutputNames()}},
@@ -293,7 +293,7 @@ func (b *Builds) build(ctx context.Context, s *Session, j *job, log LogSink) (*n
 	})
 	switch {
 	case isRefusal(err):
-		return failed(nixproto.MiscFailure, err), nil
+		return b.noteRefused(ctx, s, j.drvPath, j.drv, j.sent, failed(nixproto.MiscFailure, err)), nil
 	case errors.Is(err, store.ErrBusy):
 		return failed(nixproto.TransientFailure, err), nil
 	case err != nil:
@@ -362,6 +362,7 @@ func (b *Builds) serveRequest(ctx context.Context, r *request, log LogSink) (*ni
 		end, err = c.ending(r.job.drvPath), nil
 	}
 	r.finish(end, err)
+	close(r.done)
 	if err != nil {
 		return nil, err
 	}
@@ -506,6 +507,8 @@ func (b *Builds) fly(ctx context.Context, r *request, in *jobInputs, log LogSink
 	defer func() {
 		if w.Leave(why) {
 			r.handOver(w.Members())
+		} else if why != nil { // who is told of the end finds it in the record, and the guest gone
+			<-w.Landed()
 		}
 	}()
 	end, why, err = b.wait(ctx, w, r, log)

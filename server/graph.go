@@ -53,6 +53,7 @@ type node struct {
 	failed *node // one dep that failed
 	broken int   // how many did
 	done   bool
+	asked  bool                  // it became a request, which has a record
 	result *nixproto.BuildResult // set with done, or by a refusal when it was planned
 }
 
@@ -67,6 +68,9 @@ func (b *Builds) BuildPaths(ctx context.Context, s *Session, req *PathsRequest, 
 	if err != nil {
 		for i, p := range req.Paths {
 			results[i] = nixproto.KeyedBuildResult{Path: p, BuildResult: *failed(nixproto.InputRejected, err)}
+			if p.Built() {
+				b.noteRefused(ctx, s, p.Path, nil, req.Limits, &results[i].BuildResult)
+			}
 		}
 		return results, nil
 	}
@@ -90,6 +94,9 @@ func (b *Builds) BuildPaths(ctx context.Context, s *Session, req *PathsRequest, 
 			return nil, err
 		}
 		results[i] = nixproto.KeyedBuildResult{Path: p, BuildResult: *result}
+		if p.Built() {
+			g.noteAnswer(ctx, g.nodes[p.Path], result)
+		}
 	}
 	return results, nil
 }

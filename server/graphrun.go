@@ -191,6 +191,7 @@ func (g *graph) buildNode(ctx context.Context, n *node, log LogSink) (*nixproto.
 	if err := checkShape(n.path, drv); err != nil {
 		return failed(nixproto.InputRejected, refusef("cannot build '%s': %v", n.path, err)), nil
 	}
+	n.asked = true
 	result, err := g.b.build(ctx, g.s, j, log)
 	if errors.Is(err, errEnding) { // the others, which run already, go on
 		return failed(nixproto.TransientFailure, fmt.Errorf("cannot build '%s': %w", n.path, err)), nil

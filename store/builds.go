@@ -32,7 +32,7 @@ const (
 )
 
 // A Build is the record of one request for a build: of a run, or of a request
-// that was answered without one (Reused).
+// that was answered or refused without one (Reused).
 type Build struct {
 	ID      BuildID            `json:"id"`
 	Account AccountID          `json:"account"`
@@ -66,8 +66,8 @@ type Build struct {
 	RestartedAs BuildID `json:"restartedAs,omitempty"`
 
 	// Reused says that no run was made for this request: its outputs were valid
-	// already, a stored end answered it, or it joined the run of another
-	// request. ReusedFrom is the run that it was answered from, if that is the
+	// already, a stored end answered it, it joined the run of another request, or
+	// it was refused, which Status tells (StatusClientError). ReusedFrom is the run that it was answered from, if that is the
 	// account's own and known.
 	Reused     bool    `json:"reused,omitempty"`
 	ReusedFrom BuildID `json:"reusedFrom,omitempty"`
@@ -107,14 +107,35 @@ type BuildOutput struct {
 // ended reports whether the build's status is a final one.
 func (b *Build) ended() bool { return b.Status != StatusPending && b.Status != StatusRunning }
 
+// refused reports whether the request was refused without a run.
+func (b *Build) refused() bool { return b.Reused && b.Status == StatusClientError }
+
+// What the index of builds has with a record: nothing for a run.
+const (
+	indexedReused  = 1
+	indexedRefused = 2
+)
+
+// indexed is what the index has with b.
+func (b *Build) indexed() []byte {
+	switch {
+	case b.refused():
+		return []byte{indexedRefused}
+	case b.Reused:
+		return []byte{indexedReused}
+	}
+	return nil
+}
+
 // BuildFilter selects builds. Zero fields select all.
 type BuildFilter struct {
 	From, To time.Time // Created within [From, To)
 	Status   []string
 	Before   BuildID // only ids below, for paging
-	// Reused selects requests that were answered without a run, too.
-	Reused bool
-	Limit  int
+	// Reused selects requests that were answered or refused without a run, too,
+	// Refused only those of them that were refused.
+	Reused, Refused bool
+	Limit           int
 	// Match, if not nil, has the last word.
 	Match func(*Build) bool
 }
@@ -171,7 +192,7 @@ func (s *Store) Builds(ctx context.Context, a AccountID, f BuildFilter) (list []
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			if len(v) > 0 && !f.Reused {
+			if !f.indexed(v) {
 				continue
 			}
 			b, err := getBuild(tx, k[8:])
@@ -189,6 +210,29 @@ func (s *Store) Builds(ctx context.Context, a AccountID, f BuildFilter) (list []
 			}
 		}
 		return nil
+	})
+	return list, databaseError(err)
+}
+
+// indexed reports whether f may select a record with which the index has v.
+func (f *BuildFilter) indexed(v []byte) bool {
+	return len(v) == 0 || f.Reused || f.Refused && v[0] == indexedRefused
+}
+
+// BuildAccounts returns the accounts that have records of builds, those that
+// were removed among them.
+func (s *Store) BuildAccounts(ctx context.Context) (list []AccountID, err error) {
+	if err := s.flushBuilds(); err != nil {
+		return nil, err
+	}
+	err = s.db.View(func(tx *bolt.Tx) error {
+		c := tx.Bucket(bucketBuildIndex).Cursor()
+		for k, _ := c.First(); len(k) == 16; {
+			a := keyID(k[:8])
+			list = append(list, AccountID(a))
+			k, _ = c.Seek(idKey(a + 1))
+		}
+		return ctx.Err()
 	})
 	return list, databaseError(err)
 }

@@ -284,11 +284,7 @@ func putBuild(tx *bolt.Tx, b *Build, rec []byte, usage usageChanges) error {
 	if err != nil {
 		return err
 	}
-	var kind []byte // nothing for a run
-	if b.Reused {
-		kind = []byte{1}
-	}
-	if err := tx.Bucket(bucketBuildIndex).Put(append(idKey(uint64(b.Account)), k...), kind); err != nil {
+	if err := tx.Bucket(bucketBuildIndex).Put(append(idKey(uint64(b.Account)), k...), b.indexed()); err != nil {
 		return err
 	}
 	return tx.Bucket(bucketBuilds).Put(k, rec)

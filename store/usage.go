@@ -32,7 +32,10 @@ func (u *Usage) add(v Usage, n int64) {
 
 // usageOf is what one build adds to its month.
 func usageOf(b *Build) Usage {
-	if b.Reused {
+	switch {
+	case b.refused():
+		return Usage{}
+	case b.Reused:
 		return Usage{Reused: 1}
 	}
 	u := Usage{Builds: 1, CPUSeconds: b.CPUSeconds, LimitSeconds: b.LimitSeconds}
