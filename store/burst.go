@@ -85,8 +85,23 @@ func (b *burst) stored(h sum) (ok, damaged bool, err error) {
 // record, its places in maps and lists, its blob, lease and pin.
 const pathMemory = 1 << 10
 
+// MaxSignatures is how many signatures a path has at most in a view: everybody
+// who may trust them verifies them before he finds a good one.
+const MaxSignatures = 64
+
+// checkSignatures refuses a number of signatures.
+func checkSignatures(n int) error {
+	if n > MaxSignatures {
+		return fmt.Errorf("%w number of signatures: %d, and a path has at most %d", ErrInvalid, n, MaxSignatures)
+	}
+	return nil
+}
+
 // addPath adds the record of a path, and of what it refers to and is only lent.
 func (b *burst) addPath(r *record, lent []*record) error {
+	if err := checkSignatures(len(r.Signatures)); err != nil {
+		return err
+	}
 	for _, l := range lent {
 		if err := b.count(l); err != nil {
 			return err

@@ -147,6 +147,9 @@ func (s *Store) AddSignatures(ctx context.Context, a AccountID, p nixproto.Store
 		if len(r.Signatures) == have {
 			return nil
 		}
+		if err := checkSignatures(len(r.Signatures)); err != nil {
+			return err
+		}
 		slices.Sort(r.Signatures)
 		return v.put(r)
 	})
