@@ -93,3 +93,22 @@ func TestAttackSightAfterUnlink(t *testing.T) {
 	v.Restrict(both) // trust that comes back is for new sessions
 	l.sees("after the link", v, after.Path, nil)
 }
+
+// Uploaded logs count for what an account may have.
+func TestAttackLogsAreCounted(t *testing.T) {
+	s := storetest.Open(t)
+	mallory := storetest.Account(t, s, "mallory")
+	before, err := s.ViewSize(ctx, mallory)
+	if err != nil || before != 0 {
+		t.Fatal(before, err)
+	}
+	noise := big(3, 300<<10) // which does not compress
+	for _, name := range []string{"a", "b"} {
+		if err := s.PutLog(ctx, mallory, strings.Repeat("0", nixproto.HashPartLen)+"-"+name+".drv", bytes.NewReader(noise)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if after, err := s.ViewSize(ctx, mallory); err != nil || after < 600<<10 {
+		t.Errorf("size %d, %v", after, err)
+	}
+}
