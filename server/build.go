@@ -516,7 +516,8 @@ func (b *Builds) fly(ctx context.Context, r *request, in *jobInputs, log LogSink
 		end = &ending{again: true}
 	}
 	if err == nil && end.results != nil {
-		_, err = b.grant(ctx, r.session, j, end.results)
+		own := *end // the paths are the same for all that wait; the answer may not be
+		return b.enter(ctx, r, &own, end.results)
 	}
 	return end, err
 }

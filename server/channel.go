@@ -67,7 +67,7 @@ func (s *Server) handleSession(_ *ssh.Server, sc *gossh.ServerConn, nc gossh.New
 	if client != nil {
 		log = log.With("client", client.Account.Name)
 	}
-	ss := &session{Session: &Session{ID: id, Client: client, Env: map[string]string{}, Log: log, book: s.book}, server: s, conn: c, ch: ch, tokens: map[string]string{}}
+	ss := &session{Session: &Session{ID: id, Client: client, Env: map[string]string{}, Log: log, book: s.book, storage: s.storage}, server: s, conn: c, ch: ch, tokens: map[string]string{}}
 	var end context.CancelFunc
 	ss.ctx, end = context.WithCancel(ctx)
 	defer end()

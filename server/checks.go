@@ -93,7 +93,7 @@ func checkOutputs(j *job, known []nixproto.PathInfo, outs []*settled) error {
 		}
 	}
 	for _, out := range outs {
-		if check, ok := checks[out.name]; ok && out.staged != nil {
+		if check, ok := checks[out.name]; ok && !out.old {
 			if err := c.check(out, check); err != nil {
 				return err
 			}

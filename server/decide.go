@@ -266,16 +266,16 @@ func (b *Builds) sandbox() string {
 
 // useStored answers a request with a stored end.
 func (b *Builds) useStored(ctx context.Context, r *request, e *storedEnd, sink LogSink) (*ending, error) {
-	s, j := r.session, r.job
+	j := r.job
 	switch {
 	case e.success != nil:
-		paths, err := b.grant(ctx, s, j, e.success.Outputs)
-		if err != nil {
-			return nil, err
+		end, err := b.enter(ctx, r, &ending{status: reuse.Built, code: nixproto.Built, drvPath: j.drvPath, outputs: recorded(e.success.Outputs),
+			build: e.success.Build, account: e.success.Account, log: e.success.Log}, e.success.Outputs)
+		if err != nil || end.status != reuse.Built {
+			return end, err
 		}
 		sink.Note(fmt.Sprintf("'%s' is not built: reused from %s", j.drvPath, whoseBuild(j.account, e.success.Build, e.success.Account, e.success.Time)))
-		return &ending{status: reuse.Built, code: nixproto.Built, drvPath: j.drvPath, paths: paths, outputs: recorded(e.success.Outputs),
-			build: e.success.Build, account: e.success.Account, log: e.success.Log}, nil
+		return end, nil
 	case e.failure != nil:
 		return b.replay(ctx, j, e, e.failure, reuse.BuildFailed, sink,
 			"this is the reused failure of %s; set reuse-build-failures to false to have it run again")

@@ -341,7 +341,7 @@ func (ss *session) mayBuild() error {
 	if err := ss.Client.require(BuildWrite); err != nil {
 		return err
 	}
-	return ss.checkStorage(0)
+	return ss.checkStorage(ss.ctx, 0)
 }
 
 // mayRealise asks for the permission to build only if something could have to

@@ -33,14 +33,15 @@ type settled struct {
 	name   string
 	info   nixproto.PathInfo
 	staged *producedOutput
+	old    bool // it was valid before, and stays as it is
 }
 
 // finish turns what a run produced into valid outputs: it finds their final
 // paths and references, applies the derivation's checks, and registers them for
-// the owner of the attempt, all at once; their contents are held in the ending.
+// one of those who wait, all at once; their contents are held in the ending.
 // In nixproto.BuildCheck it compares them instead. What is the build's fault is
 // an *outputError.
-func (b *Builds) finish(ctx context.Context, a *attempt, p *produced) (*ending, error) {
+func (b *Builds) finish(ctx context.Context, f *flight, a *attempt, p *produced) (*ending, error) {
 	j := a.job
 	if missing := p.missing(); len(missing) > 0 {
 		return nil, rejectf("builder for '%s' failed to produce output '%s'", j.drvPath, missing[0])
@@ -52,7 +53,7 @@ func (b *Builds) finish(ctx context.Context, a *attempt, p *produced) (*ending, 
 	if err := checkOutputs(j, a.closure, outs); err != nil {
 		return nil, err
 	}
-	end := &ending{status: reuse.Built, drvPath: j.drvPath, paths: make(map[string]nixproto.StorePath, len(outs))}
+	end := &ending{status: reuse.Built, code: nixproto.Built, drvPath: j.drvPath, paths: make(map[string]nixproto.StorePath, len(outs))}
 	results := make(map[string]store.ResultOutput, len(outs))
 	staged := make(map[string]*store.Staged, len(outs))
 	var hashes []nixproto.Hash
@@ -74,13 +75,17 @@ func (b *Builds) finish(ctx context.Context, a *attempt, p *produced) (*ending, 
 	case nixproto.BuildRepair:
 		return end, b.replace(ctx, owner.session, j, results, staged)
 	}
+	first, refused, err := b.registrar(ctx, f, owner, results)
+	if err != nil || refused != nil {
+		return refused, err
+	}
 	if end.hold, err = b.store.Hold(hashes...); err != nil {
 		return nil, err
 	}
 	end.results = results
 	// The bytes become the server's with the paths of one account; from then on
 	// they can be granted to others.
-	if err := b.registerOutputs(ctx, owner.session, owner.job, results, nil, staged); err != nil {
+	if err := b.registerOutputs(ctx, first.session, first.job, results, nil, staged); err != nil {
 		end.release()
 		return nil, err
 	}

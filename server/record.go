@@ -165,6 +165,9 @@ func (b *Builds) endRecord(a *attempt, end *ending) error {
 		rec.CPUSeconds = cpuSeconds(booted, rec.Stopped, rec.CPUs)
 	}
 	rec.LimitSeconds = limitSeconds(end.status, booted, rec.Stopped, rec.CPUs)
+	if end.counts {
+		rec.LimitSeconds = cpuSeconds(booted, rec.Stopped, rec.CPUs)
+	}
 	if a.log != nil {
 		rec.LogSize = a.log.size.Load()
 	}

@@ -64,6 +64,9 @@ type ending struct {
 	build   store.BuildID
 	account store.AccountID
 	log     store.BuildID
+	// counts says that what it cost counts against a monthly limit, whatever its
+	// status.
+	counts bool
 	// crashed says that the builder died as on a faulty processor.
 	crashed bool
 	// memoryMiB is what the guest had.
@@ -296,7 +299,7 @@ func (b *Builds) runGuest(f *flight, a *attempt) (end *ending) {
 	closed := make(chan error, 1)
 	go func() { closed <- a.log.Close() }()
 	if err == nil {
-		end, err = b.finish(ctx, a, produced)
+		end, err = b.finish(ctx, f, a, produced)
 	}
 	logErr := <-closed
 	if logErr != nil {
@@ -305,8 +308,6 @@ func (b *Builds) runGuest(f *flight, a *attempt) (end *ending) {
 	}
 	if err != nil {
 		end = b.failedRun(f, a, err, ran)
-	} else {
-		end.code = nixproto.Built
 	}
 	if result != nil {
 		end.result = *result

@@ -38,6 +38,7 @@ type Session struct {
 
 	book        *settingsBook // nil: Settings do not change
 	environment settings.Layer
+	storage     *storageMeter // nil: max-storage is no bound
 
 	proto  protocol
 	leases leases

@@ -76,16 +76,20 @@ func (m *storageMeter) try(a store.AccountID, n, most int64, age time.Duration) 
 }
 
 // checkStorage refuses what would bring the account past its max-storage: n
-// bytes more, or, if it is there already, anything at all.
-func (ss *session) checkStorage(n uint64) error {
-	e := ss.server.book.account(ss.account())
+// bytes more, or, if it is there already, anything at all. The bytes count if it
+// does not.
+func (s *Session) checkStorage(ctx context.Context, n uint64) error {
+	if s.book == nil || s.storage == nil {
+		return nil
+	}
+	e := s.book.account(s.account())
 	if e.MaxStorage <= 0 {
 		return nil
 	}
-	ok, err := ss.server.storage.add(ss.ctx, ss.account(), int64(min(n, 1<<62)), e.MaxStorage)
+	ok, err := s.storage.add(ctx, s.account(), int64(min(n, 1<<62)), e.MaxStorage)
 	if err == nil && !ok {
 		err = refusef("account %s has as much in the store as its max-storage of %d bytes allows: delete some of it (nix store delete --store …)",
-			ss.Client.Account.Name, e.MaxStorage)
+			s.Client.Account.Name, e.MaxStorage)
 	}
 	return err
 }
@@ -93,7 +97,7 @@ func (ss *session) checkStorage(n uint64) error {
 // checkUpload looks at each path that the client has brought, before it becomes
 // valid.
 func (ss *session) checkUpload(info *nixproto.PathInfo) error {
-	if err := ss.checkStorage(info.NarSize); err != nil {
+	if err := ss.checkStorage(ss.ctx, info.NarSize); err != nil {
 		return err
 	}
 	return ss.checkSignatures(info)

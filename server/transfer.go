@@ -109,7 +109,7 @@ func (ss *session) newUpload(repair bool) (*store.Upload, error) {
 	if err := ss.Client.mayUpload(); err != nil {
 		return nil, err
 	}
-	if err := ss.checkStorage(0); err != nil {
+	if err := ss.checkStorage(ss.ctx, 0); err != nil {
 		return nil, err
 	}
 	return ss.Sight.NewUpload(ss.ctx, store.UploadOptions{
