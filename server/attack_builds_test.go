@@ -317,3 +317,27 @@ func TestAttackSharedRun(t *testing.T) {
 		}
 	}
 }
+
+// Who joins and wants a broken guest started again and again makes nobody wait
+// for that.
+func TestAttackRestartsOfOthers(t *testing.T) {
+	bt := newBuildTest(t, nil)
+	alice, mallory := bt.alice().with("NBD_MAX_BUILD_RESTARTS", "1"), bt.party("mallory").with("NBD_MAX_BUILD_RESTARTS", "3")
+	req, open := gated(bt)
+	_, first, sink := alice.start(req)
+	_, second, _ := mallory.start(req)
+	broken := errors.New("the guest panicked")
+	open <- broken
+	open <- broken
+	wantStatus(t, <-first, nixproto.TransientFailure)
+	open <- nil
+	wantStatus(t, <-second, nixproto.Built)
+	bt.wantRuns(3)
+	if n := strings.Count(fmt.Sprint(sink.notes), "trying again"); n != 1 {
+		t.Errorf("alice was told %q", sink.notes)
+	}
+	runs := alice.runs()
+	if len(runs) != 2 || runs[0].Status != store.StatusInternalError || runs[1].Status != store.StatusInternalError {
+		t.Errorf("alice's runs: %+v", runs)
+	}
+}

@@ -15,6 +15,9 @@ import (
 // of the attempt before, else of the one that has waited longest.
 func (b *Builds) giveOwner(f *flight, a *attempt) error {
 	members, _ := f.Members()
+	if willing := slices.DeleteFunc(slices.Clone(members), func(m *request) bool { return m.job.set.restarts < a.transient }); len(willing) > 0 {
+		members = willing // the others do not wait for this one
+	}
 	var r *request
 	if a.before != nil && (slices.Contains(members, a.before.owner) || len(members) == 0) {
 		r = a.before.owner

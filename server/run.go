@@ -36,6 +36,10 @@ type flightEvent struct {
 	place   string   // it waits in the queue, there
 	attempt *attempt // it runs, and has a log
 	note    string   // a line for the client, outside the log
+	// broke is the transient end of an attempt after which there is another one,
+	// because somebody among waited wants it.
+	broke  *ending
+	waited []*request
 }
 
 // An ending is how a request ended, or the flight that many waited for. It does
@@ -126,11 +130,12 @@ func (b *Builds) run(f *flight, r *request, in *jobInputs, lease *store.Lease) *
 			next.memoryMiB = min(2*a.memoryMiB, b.ceiling(f))
 			f.Tell(flightEvent{note: fmt.Sprintf("%s; trying again with %d MiB", end.message, next.memoryMiB)})
 		} else {
-			restarts := restartsOf(f)
+			waited, restarts := restartsOf(f)
 			if transient++; transient > restarts {
 				return end
 			}
-			f.Tell(flightEvent{note: fmt.Sprintf("%s; trying again (%d of %d)", end.message, transient, restarts)})
+			next.transient = transient
+			f.Tell(flightEvent{note: fmt.Sprintf("%s; trying again (%d of %d)", end.message, transient, restarts), broke: end, waited: waited})
 		}
 		a = next
 	}
@@ -171,14 +176,14 @@ func (b *Builds) ceiling(f *flight) int {
 	return most
 }
 
-// restartsOf is how often somebody who waits wants transient ends tried again.
-func restartsOf(f *flight) int {
-	most := 0
-	members, _ := f.Members()
+// restartsOf returns who waits, and how often one of them wants transient ends
+// tried again.
+func restartsOf(f *flight) (members []*request, most int) {
+	members, _ = f.Members()
 	for _, m := range members {
 		most = max(most, m.job.set.restarts)
 	}
-	return most
+	return members, most
 }
 
 // An attempt is one run of a flight's build.
@@ -189,6 +194,8 @@ type attempt struct {
 	lease   *store.Lease        // on inputs and outputs
 	limits  Limits              // that the guest itself watches
 	before  *attempt            // that this one repeats; nil if it is the first
+	// transient is how many attempts before ended so.
+	transient int
 
 	// Set when it leaves the queue; memoryMiB is the least before.
 	memoryMiB, cpus int

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
 	"time"
 
 	"nbd/nixproto"
@@ -25,6 +26,7 @@ func (b *Builds) wait(ctx context.Context, w *waiter, r *request, sink LogSink) 
 		stop()
 		stop = sink.StartWait(j.drvPath, text)
 	}
+	broken := 0 // attempts that ended transiently while it waited
 	for {
 		event, end, ok, err := w.Next(ctx)
 		if err == nil && event.attempt != nil {
@@ -45,6 +47,11 @@ func (b *Builds) wait(ctx context.Context, w *waiter, r *request, sink LogSink) 
 			return end, nil, nil
 		case event.place != "":
 			show(event.place)
+		case event.broke != nil && slices.Contains(event.waited, r):
+			if broken++; broken > j.set.restarts { // others want it tried again
+				return event.broke, nil, nil
+			}
+			sink.Note(event.note)
 		case event.note != "":
 			sink.Note(event.note)
 		}
