@@ -62,6 +62,7 @@ type Flight[M, E, R any] struct {
 	id     FlightID
 	ctx    context.Context
 	cancel context.CancelCauseFunc
+	ended  chan struct{} // closed when it has landed
 
 	// Guarded by group.mu:
 	waiters []*Waiter[M, E, R] // in the order in which they came
@@ -109,6 +110,7 @@ func (g *Flights[M, E, R]) Start(m M, run func(*Flight[M, E, R]) R) (*Waiter[M, 
 // startLocked starts the goroutine of a new flight, with its first waiter.
 func (f *Flight[M, E, R]) startLocked(m M, run func(*Flight[M, E, R]) R) *Waiter[M, E, R] {
 	f.ctx, f.cancel = context.WithCancelCause(f.group.ctx)
+	f.ended = make(chan struct{})
 	w := f.joinLocked(m)
 	f.group.wg.Go(func() { f.land(run(f)) })
 	return w
@@ -188,6 +190,7 @@ func (f *Flight[M, E, R]) land(r R) {
 	left := len(f.waiters) == 0
 	f.group.mu.Unlock()
 	f.cancel(nil)
+	close(f.ended)
 	if left && f.group.done != nil {
 		f.group.done(r)
 	}
@@ -218,6 +221,9 @@ func (w *Waiter[M, E, R]) Members() []M {
 	members, _ := w.flight.Members()
 	return members
 }
+
+// Landed is closed when the flight has ended, whoever waits then.
+func (w *Waiter[M, E, R]) Landed() <-chan struct{} { return w.flight.ended }
 
 // Next returns the next event, beginning with the flight's first. At the end,
 // when all events were returned, ok is false and r is the result. It waits for

@@ -121,7 +121,14 @@ func TestLastOneToLeaveCancels(t *testing.T) {
 	if !started {
 		t.Error("joined a cancelled flight")
 	}
+	select {
+	case <-w2.Landed():
+		t.Error("landed before it ended")
+	default:
+	}
 	close(release)
+	<-w2.Landed()
+	<-w1.Landed()
 	if _, r := all(t, w3); r != 3 {
 		t.Errorf("result %d, want 3", r)
 	}

@@ -6,6 +6,7 @@ import (
 	"io"
 	"strings"
 	"testing"
+	"time"
 
 	"nbd/nixproto"
 	"nbd/store"
@@ -169,11 +170,26 @@ func TestCancel(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	wantError(t, <-done, nixproto.MiscFailure, "was cancelled")
-	if err := bt2.Drain(t.Context()); err != nil {
-		t.Fatal(err)
-	}
 	if rec := bt2.alice().runs()[0]; rec.Status != store.StatusCancelled {
+		t.Errorf("record when Cancel returned: %+v", rec)
+	}
+	wantError(t, <-done, nixproto.MiscFailure, "was cancelled")
+}
+
+// Who is told that a limit ended a build finds it ended.
+func TestLimitIsToldWhenTheRunHasEnded(t *testing.T) {
+	bt := newBuildTest(t, nil)
+	bt.runner.act("x", func(f *fakeRun) error {
+		f.say("go")
+		<-f.ctx.Done()
+		time.Sleep(100 * time.Millisecond) // a guest takes its time to end
+		return f.ctx.Err()
+	})
+	req := bt.request(drv("x"))
+	req.Limits.Timeout = time.Second
+	_, done, _ := bt.alice().start(req)
+	wantError(t, <-done, nixproto.TimedOut, "timed out")
+	if rec := bt.alice().runs()[0]; rec.Status != store.StatusTimeout {
 		t.Errorf("record %+v", rec)
 	}
 }

@@ -28,6 +28,7 @@ type request struct {
 	logs    logList // of the attempts that it was shown
 	// cancel ends the waiting; its cause says how.
 	cancel context.CancelCauseFunc
+	done   chan struct{} // closed when it has ended, with its record
 
 	mu        sync.Mutex // guards what follows
 	record    *store.Build
@@ -43,7 +44,7 @@ func (b *Builds) newRequest(ctx context.Context, s *Session, j *job, cancel cont
 	if err != nil {
 		return nil, err
 	}
-	r := &request{b: b, session: s, job: j, cancel: cancel, record: &store.Build{
+	r := &request{b: b, session: s, job: j, cancel: cancel, done: make(chan struct{}), record: &store.Build{
 		ID:      id,
 		Account: j.account,
 		DrvPath: j.drvPath,
@@ -257,15 +258,21 @@ func (e *cancelled) ending(drv nixproto.StorePath) *ending {
 		message: fmt.Sprintf("cannot build '%s': %v", drv, e)}
 }
 
-// Cancel ends a request of the account that waits or runs; others that wait for
-// the same run go on. By says who did, for the client; it may be empty. A build
+// Cancel ends a request of the account that waits or runs, and returns when it
+// has ended; others that wait for the same run go on. By says who did, for the
+// client; it may be empty. A build
 // that is not the account's is store.ErrNotFound, one that has ended is
 // store.ErrInvalid.
 func (b *Builds) Cancel(ctx context.Context, a store.AccountID, id store.BuildID, by string) error {
 	rec, err := b.ownRecord(ctx, a, id)
 	if r := b.live.get(id); r != nil && r.job.account == a {
 		r.cancel(&cancelled{by})
-		return nil
+		select {
+		case <-r.done:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 	}
 	if err != nil {
 		return err
