@@ -217,6 +217,9 @@ func (a *Admin) removeAccount(r *http.Request) (any, error) {
 	err = a.store.RemoveAccount(r.Context(), acc.ID)
 	// Also after an error: the account may be gone, and something else be left.
 	a.disconnect(func(c *Client) bool { return c.Account.ID == acc.ID })
+	if a.builds != nil {
+		a.builds.CancelAll(acc.ID, "the operator")
+	}
 	return struct{}{}, err
 }
 

@@ -24,6 +24,8 @@ type buildOperator interface {
 	QueueStatus() QueueStatus
 	// Revoke forgets the result under a key, or under the key of a build.
 	Revoke(ctx context.Context, what string) (key string, n int, err error)
+	// CancelAll ends all builds of an account that wait or run.
+	CancelAll(a store.AccountID, by string)
 }
 
 // routeBuilds adds what is asked about builds.

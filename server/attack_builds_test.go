@@ -341,3 +341,28 @@ func TestAttackRestartsOfOthers(t *testing.T) {
 		t.Errorf("alice's runs: %+v", runs)
 	}
 }
+
+// The builds of an account that is removed end, with or without a client.
+func TestAttackBuildsOfRemovedAccount(t *testing.T) {
+	bt := newBuildTest(t, nil)
+	alice, mallory := bt.alice(), bt.party("mallory").with("NBD_KEEP_BUILDS_RUNNING", "1")
+	req, open := gated(bt)
+	leave, first, _ := mallory.start(req)
+	leave()
+	<-first
+	_, second, _ := alice.start(req)
+	if err := bt.st.RemoveAccount(t.Context(), mallory.ID); err != nil {
+		t.Fatal(err)
+	}
+	bt.CancelAll(mallory.ID, "the operator")
+	bt.kept.Wait()
+	if n := len(bt.liveOf(mallory.ID)); n != 0 {
+		t.Errorf("%d builds go on", n)
+	}
+	open <- nil
+	wantStatus(t, <-second, nixproto.Built)
+	bt.wantRuns(1)
+	if got := alice.out(req); got != "run 1" {
+		t.Errorf("alice has %q", got)
+	}
+}

@@ -1,8 +1,10 @@
 package server
 
 import (
+	"crypto/rand"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -229,5 +231,22 @@ func TestAttackAddresses(t *testing.T) {
 	case path := <-reached:
 		t.Errorf("%s was reached", path)
 	default:
+	}
+}
+
+// A log that is uploaded takes no more than max-storage leaves.
+func TestAttackEndlessLog(t *testing.T) {
+	ts := newTestServer(t, nil)
+	ts.set(ts.account, "max-storage", "3M")
+	endless := func(w *nixproto.Writer) error {
+		_, err := io.CopyN(w, rand.Reader, 20<<20)
+		return err
+	}
+	q := &nixproto.AddBuildLog{DrvPath: testDrv}
+	if resp, err := ts.worker(ts.alice).Do(q, endless); err == nil || !strings.Contains(err.Error(), "max-storage") {
+		t.Errorf("%v, %v", resp, err)
+	}
+	if size, err := ts.store.ViewSize(t.Context(), ts.account.ID); err != nil || size > 3<<20 {
+		t.Errorf("%d bytes, %v", size, err)
 	}
 }

@@ -344,6 +344,22 @@ func (b *Builds) keep(j *job, f func(ctx context.Context)) error {
 	return nil
 }
 
+// CancelAll cancels all requests of an account, also those that no client waits
+// for; others that wait for the same runs go on.
+func (b *Builds) CancelAll(a store.AccountID, by string) {
+	b.live.mu.Lock()
+	var all []*request
+	for _, r := range b.live.m {
+		if r.job.account == a {
+			all = append(all, r)
+		}
+	}
+	b.live.mu.Unlock()
+	for _, r := range all {
+		r.cancel(&cancelled{by})
+	}
+}
+
 // serve answers one request.
 func (b *Builds) serve(ctx context.Context, s *Session, j *job, log LogSink) (*nixproto.BuildResult, error) {
 	ctx, cancel := context.WithCancelCause(ctx)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 	"time"
@@ -250,10 +251,38 @@ func (w *worker) addBuildLog(q *nixproto.AddBuildLog, stream *nixproto.FramedRea
 	if err := w.Client.require(StoreWrite); err != nil {
 		return nil, err
 	}
-	if err := w.server.store.PutLog(w.ctx, w.Client.Account.ID, q.DrvPath.Base(), stream); err != nil {
+	if err := w.checkStorage(w.ctx, 0); err != nil {
+		return nil, err
+	}
+	if err := w.server.store.PutLog(w.ctx, w.Client.Account.ID, q.DrvPath.Base(), &countedLog{r: stream, s: w.Session, ctx: w.ctx}); err != nil {
 		return nil, err
 	}
 	return &nixproto.Done{}, stream.Finish()
+}
+
+// A countedLog is a log whose bytes count for max-storage while they are read: as
+// much as they would take if they did not compress, until they are counted anew.
+type countedLog struct {
+	r    io.Reader
+	s    *Session
+	ctx  context.Context
+	left int // bytes that are counted already
+}
+
+// logStride is how many bytes of a log are counted at once.
+const logStride = 1 << 20
+
+// Read implements io.Reader.
+func (l *countedLog) Read(p []byte) (int, error) {
+	if l.left == 0 {
+		if err := l.s.checkStorage(l.ctx, logStride); err != nil {
+			return 0, err
+		}
+		l.left = logStride
+	}
+	n, err := l.r.Read(p[:min(len(p), l.left)])
+	l.left -= n
+	return n, err
 }
 
 // limits are those of the session's requests.
