@@ -22,7 +22,7 @@ type BuildControl interface {
 	// id of the new one.
 	Restart(ctx context.Context, s *Session, id store.BuildID) (store.BuildID, error)
 	// Follow returns the log from its beginning, and what comes until the build
-	// ends. The caller closes it.
+	// ends; its record tells how by then. The caller closes it.
 	Follow(ctx context.Context, a store.AccountID, id store.BuildID) (io.ReadCloser, error)
 }
 
@@ -177,25 +177,13 @@ func attachBuild(ctx context.Context, c *apiCall) (any, error) {
 	return &attached{v.(io.ReadCloser), func() (apiBuild, error) { return c.endedBuild(ctx) }}, nil
 }
 
-// endedBuild returns a build whose log has ended. Its record follows a moment
-// later, of which nothing tells.
+// endedBuild returns a build whose log has ended.
 func (c *apiCall) endedBuild(ctx context.Context) (apiBuild, error) {
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		b, err := c.build(ctx)
-		if err != nil {
-			return apiBuild{}, err
-		}
-		if reuse.Status(b.Status).Ended() {
-			return newAPIBuild(ctx, c.server.store, b, time.Now())
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return apiBuild{}, ctx.Err()
-		}
+	b, err := c.build(ctx)
+	if err != nil {
+		return apiBuild{}, err
 	}
+	return newAPIBuild(ctx, c.server.store, b, time.Now())
 }
 
 // completeLive completes the id of a build that has not ended.

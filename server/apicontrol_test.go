@@ -162,6 +162,61 @@ func TestControlOfBuilds(t *testing.T) {
 	ts.until(t, "--status built", 1)
 }
 
+// TestAttachUntilTheEnd: who is attached to a build sees how it ended, also if
+// its client went away and the guest took its time to go.
+func TestAttachUntilTheEnd(t *testing.T) {
+	ts, runner, builds := newBuildServer(t)
+	stopped, release := make(chan struct{}), make(chan struct{})
+	runner.act("slow", func(f *fakeRun) error {
+		f.say("first line")
+		<-f.ctx.Done()
+		close(stopped)
+		<-release
+		return f.ctx.Err()
+	})
+	d := drv("slow", "out")
+	out := builtPath(t, "slow", "slow").Path
+	d.Outputs["out"], d.Env["out"] = nixproto.DerivationOutput{Path: out}, string(out)
+	path, err := nixproto.MakeTextPath("slow.drv", nixproto.SumSHA256(d.ATerm()), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, leave := context.WithCancel(t.Context())
+	sight := ts.store.NewSight(ts.account.ID, store.Trust{})
+	s := &Session{ID: "x", Client: &Client{Account: ts.account, Permissions: store.Permissions()}, book: ts.book,
+		Sight: sight, leases: sight.NewLease(), Log: slog.New(slog.DiscardHandler)}
+	defer s.leases.Release()
+	if err := s.setSettings(); err != nil {
+		t.Fatal(err)
+	}
+	sink := newFakeSink()
+	gone := make(chan error, 1)
+	go func() {
+		_, err := builds.Build(ctx, s, &BuildRequest{DrvPath: path, Drv: d}, sink)
+		gone <- err
+	}()
+	<-sink.grown
+	id := ts.until(t, "--status running", 1)[0].BuildID
+	attach := ts.exec(ts.dial(ts.alice), fmt.Sprintf("shell builds attach %d", id))
+	line := make([]byte, len("first line\n"))
+	if _, err := io.ReadFull(attach, line); err != nil {
+		t.Fatal(err)
+	}
+	leave()
+	if err := <-gone; !errors.Is(err, context.Canceled) {
+		t.Errorf("who left: %v", err)
+	}
+	<-stopped
+	close(release)
+	rest, err := io.ReadAll(attach)
+	if want := fmt.Sprintf("build %d: client_disconnect\n", id); err != nil || string(rest) != want {
+		t.Errorf("%q, %v; want %q", rest, err, want)
+	}
+	if r := builds.live.get(id); r != nil {
+		t.Error("it is kept for ever")
+	}
+}
+
 // TestAdminBuilds: the operator sees and ends the builds of all, and takes
 // results out.
 func TestAdminBuilds(t *testing.T) {

@@ -82,6 +82,7 @@ func (a *attempt) handOver(members []*request) {
 	old.mu.Lock()
 	run := *old.record
 	old.owns = nil
+	old.retireLocked()
 	old.mu.Unlock()
 	a.owner = members[0]
 	a.owner.inherit(a, &run)
@@ -156,6 +157,7 @@ func (b *Builds) endRecord(a *attempt, end *ending) error {
 	r.owns = nil
 	rec.Status = string(end.status)
 	rec.Error = firstLine(end.message)
+	rec.Decisions = r.decisions // the last of them may have come after the flight began
 	rec.Stopped = time.Now()
 	rec.CPUUser, rec.CPUSystem = end.result.CPUUser, end.result.CPUSystem
 	rec.PeakMemory, rec.PeakStorage = end.result.PeakMemory, end.result.PeakScratch
@@ -177,6 +179,7 @@ func (b *Builds) endRecord(a *attempt, end *ending) error {
 	end.build, end.account = rec.ID, rec.Account
 	// What it cost is also right if the server ends now: it is written with it.
 	err := b.store.EndBuild(context.Background(), []*store.Build{rec}, b.stored(a, r, end)...)
+	r.retireLocked()
 	b.cfg.Logger.Info("build ended", "build", rec.ID, "account", rec.Account, "drv", rec.DrvPath,
 		"status", end.status, "time", rec.Stopped.Sub(rec.Created).Round(time.Millisecond), "error", rec.Error)
 	return err

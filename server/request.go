@@ -35,6 +35,7 @@ type request struct {
 	decisions []store.Decision
 	owns      *attempt // whose record is this request's; nil if there is none
 	ran       bool     // it owned an attempt
+	left      bool     // it waits no more
 	written   bool     // its record was stored since it began to wait
 }
 
@@ -126,8 +127,8 @@ func (r *request) follows(ctx context.Context, a *attempt) error {
 func (r *request) finish(end *ending, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	defer r.b.live.remove(r)
-	defer r.logs.end()
+	r.left = true
+	defer r.retireLocked()
 	if r.owns != nil || r.ran && r.record.Status != string(reuse.Running) && r.record.Status != string(reuse.Pending) {
 		return
 	}
@@ -159,6 +160,16 @@ func (r *request) finish(end *ending, err error) {
 	}
 	if err := r.b.store.WriteBuild(context.Background(), b); err != nil {
 		r.b.cfg.Logger.Error("cannot store the record of a request", "build", b.ID, "err", err)
+	}
+}
+
+// retireLocked forgets a request that has left, once its record has its end: who
+// follows it comes to the end of the log, and finds that. It is called with
+// r.mu held.
+func (r *request) retireLocked() {
+	if r.left && r.owns == nil {
+		r.b.live.remove(r)
+		r.logs.end()
 	}
 }
 
@@ -294,7 +305,8 @@ func (b *Builds) ownRecord(ctx context.Context, a store.AccountID, id store.Buil
 
 // Follow returns the log of a build of the account from its beginning: what
 // there is so far, and what comes until it ends, retries included. A build that
-// has no log and will have none is store.ErrNotFound. The caller closes it.
+// has no log and will have none is store.ErrNotFound. When the log ends, the
+// record of the build says how it ended. The caller closes it.
 func (b *Builds) Follow(ctx context.Context, a store.AccountID, id store.BuildID) (io.ReadCloser, error) {
 	r := b.live.get(id)
 	if r == nil || r.job.account != a {
