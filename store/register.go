@@ -97,18 +97,32 @@ func (s *Store) registerRecords(ctx context.Context, b *burst, regs []Registrati
 
 // checkAcyclic returns an error if a path refers to itself by way of others.
 func checkAcyclic(refs map[nixproto.StorePath][]nixproto.StorePath) error {
-	for len(refs) > 0 {
-		before := len(refs)
-		for p, to := range refs {
-			if !slices.ContainsFunc(to, func(r nixproto.StorePath) bool { return r != p && refs[r] != nil }) {
-				delete(refs, p)
+	users := make(map[nixproto.StorePath][]nixproto.StorePath)
+	waits := make(map[nixproto.StorePath]int)
+	var ready []nixproto.StorePath
+	for p, to := range refs {
+		for _, r := range to {
+			if r != p && refs[r] != nil {
+				users[r] = append(users[r], p)
+				waits[p]++
 			}
 		}
-		if len(refs) == before {
-			for p := range refs {
-				return fmt.Errorf("register %s: %w references: they form a cycle", p, ErrInvalid)
+		if waits[p] == 0 {
+			ready = append(ready, p)
+		}
+	}
+	for len(ready) > 0 {
+		p := ready[len(ready)-1]
+		ready = ready[:len(ready)-1]
+		for _, user := range users[p] {
+			if waits[user]--; waits[user] == 0 {
+				delete(waits, user)
+				ready = append(ready, user)
 			}
 		}
+	}
+	for p := range waits {
+		return fmt.Errorf("register %s: %w references: they form a cycle", p, ErrInvalid)
 	}
 	return nil
 }
