@@ -122,9 +122,7 @@ func (c *apiCall) pathInfo(ctx context.Context) (any, error) {
 	for _, r := range info.References {
 		v.References = append(v.References, string(r))
 	}
-	for _, s := range info.Signatures {
-		v.Signatures = append(v.Signatures, s)
-	}
+	v.Signatures = append(v.Signatures, info.Signatures...)
 	for i := range infos {
 		v.ClosureSizeBytes += infos[i].NarSize
 	}

@@ -214,7 +214,7 @@ func readDeb(r io.Reader, take func(name string, r io.Reader) error) error {
 	for {
 		var head [60]byte
 		if _, err := io.ReadFull(b, head[:]); err == io.EOF {
-			return errors.New("Debian package has no data.tar")
+			return errors.New("the Debian package has no data.tar")
 		} else if err != nil {
 			return fmt.Errorf("read package: %w", err)
 		}
