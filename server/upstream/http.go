@@ -190,13 +190,27 @@ func unanswered(ctx context.Context, u *url.URL, err error) (again time.Duration
 	if errors.As(err, &refused) {
 		return -1, fmt.Errorf("%s: %w (%s)", shown(u), refused, refused.Hint())
 	}
-	err = fmt.Errorf("%w: %s: %w", errUnreachable, shown(u), err)
+	told := fmt.Errorf("%w: %s: %w", errUnreachable, shown(u), withoutHost(err))
 	var op *net.OpError
 	var timeout net.Error
 	if errors.As(err, &op) && op.Op == "dial" || errors.As(err, &timeout) && timeout.Timeout() {
-		return -1, err // another try would take as long
+		return -1, told // another try would take as long
 	}
-	return 0, err
+	return 0, told
+}
+
+// withoutHost is an error of a connection without what it says of this machine:
+// its address, and its name server's.
+func withoutHost(err error) error {
+	var dns *net.DNSError
+	var op *net.OpError
+	switch {
+	case errors.As(err, &dns):
+		return fmt.Errorf("cannot resolve %s: %s", dns.Name, dns.Err)
+	case errors.As(err, &op):
+		return fmt.Errorf("%s: %w", op.Op, op.Err)
+	}
+	return err
 }
 
 // refusedBy says what a status means that is neither success nor redirect.

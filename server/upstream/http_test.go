@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -192,6 +193,29 @@ func nameServer(t *testing.T, answers ...netip.Addr) *net.Resolver {
 }
 
 // A name that resolves to this machine the second time gains nothing.
+// What an account is told of a cache that does not answer says nothing of the
+// network that the server is in.
+func TestUnansweredTellsNothingOfTheHost(t *testing.T) {
+	here, there := &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 4711}, &net.TCPAddr{IP: net.IPv4(192, 0, 2, 2), Port: 80}
+	tests := []struct {
+		err  error
+		want string
+	}{
+		{&net.OpError{Op: "dial", Net: "tcp", Err: &net.DNSError{Err: "no such host", Name: "cache", Server: "192.0.2.3:53"}},
+			"no answer: http://cache/x: cannot resolve cache: no such host"},
+		{&net.OpError{Op: "read", Net: "tcp", Source: here, Addr: there, Err: syscall.ECONNRESET},
+			"no answer: http://cache/x: read: connection reset by peer"},
+		{&net.OpError{Op: "dial", Net: "tcp", Addr: there, Err: syscall.ECONNREFUSED},
+			"no answer: http://cache/x: dial: connection refused"},
+	}
+	for _, tt := range tests {
+		_, err := unanswered(t.Context(), &url.URL{Scheme: "http", Host: "cache", Path: "/x"}, tt.err)
+		if err.Error() != tt.want || !errors.Is(err, errUnreachable) {
+			t.Errorf("%v is told as %q, want %q", tt.err, err, tt.want)
+		}
+	}
+}
+
 func TestRebinding(t *testing.T) {
 	s := newTestSite(t)
 	_, port, err := net.SplitHostPort(strings.TrimPrefix(s.URL, "http://"))

@@ -40,7 +40,7 @@ var (
 	ErrNotFound = errors.New("not in the cache")
 	// ErrUnavailable says that a cache does not answer, or did not a short
 	// while ago, or cannot be used.
-	ErrUnavailable = errors.New("cache is unavailable")
+	ErrUnavailable = errors.New("unavailable")
 	// ErrMalformed says that a cache sent what is not as it should be.
 	ErrMalformed = errors.New("cache sent malformed data")
 )
