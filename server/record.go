@@ -167,11 +167,11 @@ func (b *Builds) endRecord(a *attempt, end *ending) error {
 		booted = end.result.Booted
 	}
 	if end.status.Costs() {
-		rec.CPUSeconds = cpuSeconds(booted, rec.Stopped, rec.CPUs)
+		rec.CPUSeconds = cpuSeconds(booted, rec.Stopped, r.pays(rec.CPUs))
 	}
-	rec.LimitSeconds = limitSeconds(end.status, booted, rec.Stopped, rec.CPUs)
+	rec.LimitSeconds = limitSeconds(end.status, booted, rec.Stopped, r.pays(rec.CPUs))
 	if end.counts {
-		rec.LimitSeconds = cpuSeconds(booted, rec.Stopped, rec.CPUs)
+		rec.LimitSeconds = cpuSeconds(booted, rec.Stopped, r.pays(rec.CPUs))
 	}
 	if a.log != nil {
 		rec.LogSize = a.log.size.Load()
@@ -184,6 +184,10 @@ func (b *Builds) endRecord(a *attempt, end *ending) error {
 		"status", end.status, "time", rec.Stopped.Sub(rec.Created).Round(time.Millisecond), "error", rec.Error)
 	return err
 }
+
+// pays is for how many of a run's CPUs the account pays: not for what others who
+// wait have asked for beyond its own settings.
+func (r *request) pays(cpus int) int { return min(cpus, r.job.set.cpus) }
 
 // cpuSeconds is the CPU time of a build: whole seconds, at least 1; 0 if no
 // guest was started.
