@@ -29,9 +29,9 @@ func (a *flags) buildList() *cobra.Command {
 			}
 		})
 	cmd.Flags().StringVar(&f.Account, "account", "", "those of one account")
-	cmd.Flags().StringSliceVar(&f.Status, "status", nil, "those with one of these statuses")
+	cmd.Flags().StringSliceVar(&f.Status, "status", nil, "those with one of these statuses; client_error: those that were refused, too")
 	cmd.Flags().StringSliceVar(&f.Tags, "tags", nil, "those with all of these tags, NAME:VALUE")
-	cmd.Flags().BoolVar(&f.Reused, "reused", false, "requests that were answered without a run, too")
+	cmd.Flags().BoolVar(&f.Reused, "reused", false, "requests that were answered or refused without a run, too")
 	cmd.Flags().IntVar(&f.Limit, "limit", 50, "at most so many")
 	if err := cmd.RegisterFlagCompletionFunc("account", a.accountNames(1<<10)); err != nil {
 		panic(err) // there is no such flag
