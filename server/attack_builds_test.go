@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"nbd/nixproto"
 	"nbd/store"
@@ -364,5 +365,45 @@ func TestAttackBuildsOfRemovedAccount(t *testing.T) {
 	bt.wantRuns(1)
 	if got := alice.out(req); got != "run 1" {
 		t.Errorf("alice has %q", got)
+	}
+}
+
+// Who joins with a wish for many CPUs does not make others pay for them.
+func TestAttackCostsOfOthers(t *testing.T) {
+	bt := newBuildTest(t, func(c *BuildsConfig) { c.Room.Guests = 1 })
+	alice, mallory := bt.alice(), bt.party("mallory").with("NBD_MIN_CPU", "500")
+	hold := make(chan bool)
+	bt.runner.act("busy", func(f *fakeRun) error { f.say("begun"); <-hold; return exit(1) })
+	_, busy, _ := alice.start(bt.request(drv("busy")))
+	req := bt.request(drv("x"))
+	var done []chan *nixproto.BuildResult
+	for i, p := range []*party{alice, mallory} {
+		s := bt.newSessionWith(p.Account, p.env)
+		c := make(chan *nixproto.BuildResult, 1)
+		done = append(done, c)
+		go func() {
+			r, err := bt.Build(t.Context(), s, req, newFakeSink())
+			if err != nil {
+				t.Error(err)
+			}
+			c <- r
+		}()
+		for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) { // no event tells that it waits
+			if n := len(bt.Queue()); n == i+1 {
+				break
+			} else if time.Now().After(deadline) {
+				t.Fatalf("%d requests wait", n)
+			}
+		}
+	}
+	close(hold)
+	<-busy
+	for _, c := range done {
+		wantStatus(t, <-c, nixproto.Built)
+	}
+	runs := alice.runs()
+	rec := runs[len(runs)-1]
+	if want := cpuSeconds(rec.Started, rec.Stopped, 2); rec.CPUs != 500 || rec.CPUSeconds != want || rec.LimitSeconds != want {
+		t.Errorf("%d CPUs, alice pays %d, counts %d, want %d", rec.CPUs, rec.CPUSeconds, rec.LimitSeconds, want)
 	}
 }

@@ -156,7 +156,7 @@ func (r *request) finish(end *ending, err error) {
 		b.Status, b.Error = string(reuse.InternalError), "the server could not answer"
 	}
 	if r.ran { // somebody else's now; what it cost so far was this one's
-		b.LimitSeconds = limitSeconds(reuse.Status(b.Status), b.Started, b.Stopped, b.CPUs)
+		b.LimitSeconds = limitSeconds(reuse.Status(b.Status), b.Started, b.Stopped, r.pays(b.CPUs))
 	}
 	if err := r.b.store.WriteBuild(context.Background(), b); err != nil {
 		r.b.cfg.Logger.Error("cannot store the record of a request", "build", b.ID, "err", err)
