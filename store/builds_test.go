@@ -89,6 +89,62 @@ func TestBuilds(t *testing.T) {
 	}
 }
 
+// Requests that were refused are told from those that were answered without a
+// run, also when a record changes from one into the other.
+func TestRefusedBuilds(t *testing.T) {
+	s := storetest.OpenDir(t, t.TempDir(), store.Config{})
+	alice, bob := storetest.Account(t, s, "alice"), storetest.Account(t, s, "bob")
+	for _, b := range []store.Build{
+		{Account: bob, Status: store.StatusBuilt}, // 1
+		{Account: alice, Status: store.StatusBuilt},
+		{Account: alice, Status: store.StatusBuilt, Reused: true},
+		{Account: alice, Status: store.StatusClientError, Reused: true},
+		{Account: alice, Status: store.StatusClientError},
+		{Account: alice, Status: store.StatusRunning, Reused: true}, // 6
+	} {
+		b.Created = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+		if err := s.NewBuild(ctx, &b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	changed, err := s.Build(ctx, 6)
+	if err != nil {
+		t.Fatal(err)
+	}
+	changed.Status = store.StatusClientError
+	if err := s.WriteBuild(ctx, changed); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		f    store.BuildFilter
+		want []store.BuildID
+	}{
+		{store.BuildFilter{}, []store.BuildID{5, 2}},
+		{store.BuildFilter{Refused: true}, []store.BuildID{6, 5, 4, 2}},
+		{store.BuildFilter{Reused: true}, []store.BuildID{6, 5, 4, 3, 2}},
+		{store.BuildFilter{Refused: true, Status: []string{store.StatusClientError}, Limit: 2}, []store.BuildID{6, 5}},
+	} {
+		list, err := s.Builds(ctx, alice, tt.f)
+		var got []store.BuildID
+		for _, b := range list {
+			got = append(got, b.ID)
+		}
+		if diff := cmp.Diff(tt.want, got); diff != "" || err != nil {
+			t.Errorf("%+v: %v, %s", tt.f, err, diff)
+		}
+	}
+	u, err := s.Usage(ctx, alice, changed.Created)
+	if err != nil || u.Builds != 2 || u.Reused != 1 {
+		t.Errorf("usage %+v, %v", u, err)
+	}
+	if err := s.RemoveAccount(ctx, bob); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := s.BuildAccounts(ctx); err != nil || !cmp.Equal(list, []store.AccountID{alice, bob}) {
+		t.Errorf("accounts %v, %v", list, err)
+	}
+}
+
 func TestEnds(t *testing.T) {
 	s := storetest.Open(t)
 	alice := storetest.Account(t, s, "alice")
