@@ -1,10 +1,12 @@
 package server
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"sync"
+	"time"
 
 	"nbd/nixproto"
 )
@@ -177,15 +179,55 @@ func (b *workerBuildLog) Stop() {
 // A serveLog is the LogSink of the serve protocol, where the log is what
 // arrives on the channel's stderr: the builders' bytes as they are, and nothing
 // around them, since the client keeps it as the log of the build.
+//
+// A client passes stderr and stdout on through two pipes, and ends with the
+// answer: what it had not read of a log by then is lost, the end of it, which
+// matters most. Nothing tells how much that is. So an answer comes as much
+// later as a slow reader takes for what was written just before (settle); of a
+// log that grew at a builder's pace that is nothing, but one that is replayed
+// comes in one piece.
 type serveLog struct {
-	mu sync.Mutex // a Write is whole
-	w  io.Writer
+	mu     sync.Mutex // a Write is whole; guards what follows
+	w      io.Writer
+	unread int64 // bytes that a slow reader has before it, when at was
+	at     time.Time
 }
+
+const (
+	slowReader = 4 << 20 // bytes a second
+	mostUnread = 2 << 20 // what SSH lets be on its way to a client
+)
 
 func (l *serveLog) write(p []byte) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	_, _ = l.w.Write(p) // the reading side learns that the client is gone
+	l.unread = min(l.unreadLocked()+int64(len(p)), mostUnread)
+}
+
+// unreadLocked is what a slow reader has before it now.
+func (l *serveLog) unreadLocked() int64 {
+	now := time.Now()
+	read := int64(now.Sub(l.at).Seconds() * slowReader)
+	l.at = now
+	l.unread = max(0, l.unread-read)
+	return l.unread
+}
+
+// settle waits until a slow reader has read what was written.
+func (l *serveLog) settle(ctx context.Context) {
+	l.mu.Lock()
+	wait := time.Duration(l.unreadLocked()) * time.Second / slowReader
+	l.mu.Unlock()
+	if wait < time.Millisecond {
+		return
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
 }
 
 // StartBuild implements LogSink.

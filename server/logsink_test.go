@@ -3,9 +3,12 @@ package server
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -192,4 +195,40 @@ func TestOutboxTimer(t *testing.T) {
 	if n := len(got.list); n != 4 {
 		t.Errorf("%d writes", n)
 	}
+}
+
+// An answer waits for a log that came in one piece, not for one that grew.
+func TestServeLogSettles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		settled := func(l *serveLog) time.Duration {
+			start := time.Now()
+			l.settle(t.Context())
+			return time.Since(start)
+		}
+		l := &serveLog{w: io.Discard}
+		if d := settled(l); d != 0 {
+			t.Errorf("no log: waited %v", d)
+		}
+		build := l.StartBuild(testDrv)
+		for range 32 {
+			fmt.Fprint(build, strings.Repeat("x", 32<<10))
+		}
+		if d := settled(l); d != 250*time.Millisecond {
+			t.Errorf("1 MiB at once: waited %v", d)
+		}
+		if d := settled(l); d != 0 {
+			t.Errorf("again: waited %v", d)
+		}
+		for range 100 {
+			fmt.Fprint(build, "a line of log")
+			time.Sleep(10 * time.Millisecond)
+		}
+		if d := settled(l); d != 0 {
+			t.Errorf("lines that came slowly: waited %v", d)
+		}
+		fmt.Fprint(build, strings.Repeat("x", 32<<20))
+		if d := settled(l); d != 500*time.Millisecond {
+			t.Errorf("32 MiB, of which SSH has 2 under way: waited %v", d)
+		}
+	})
 }

@@ -225,6 +225,7 @@ func (c *serveConn) building(f func(context.Context, LogSink) error) error {
 	ctx, done := c.in.watch(c.ctx, c.abandon)
 	defer done()
 	err := f(ctx, c.stderr)
+	c.stderr.settle(ctx)
 	if ctx.Err() != nil {
 		return errGone
 	}
