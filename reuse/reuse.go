@@ -56,6 +56,8 @@
 //   - Session settings or the account's name in the environment of a builder.
 //   - The network of fixed-output derivations. Their success is checked against
 //     the hash in the derivation, their failure is never reused.
+//   - A failure of a guest with less memory than the one who asks would have: not
+//     every builder that lacks some is killed for it. It carries what it had.
 //   - Runs that were starved or disturbed, or that a limit ended: only Permanent
 //     ends are truths about a build. A processor that is emulated may kill a
 //     builder that a real one would not (signals of such an end are not reused).

@@ -220,7 +220,7 @@ var table = []Setting{
 		value: count("MiB", func(e *Effective) *int { return &e.MinMem }, nil)},
 	{Name: "max-mem", Default: "0", Usage: "MiB of memory that a guest has at most; 0 for no limit",
 		value: count("MiB", func(e *Effective) *int { return &e.MaxMem }, tighter[int])},
-	{Name: "max-build-restarts", Default: "3", Usage: "how often a build is run again after a transient end",
+	{Name: "max-build-restarts", Default: "3", Usage: "how often a build is run again after a transient end, 20 at most",
 		value: count("restarts", func(e *Effective) *int { return &e.MaxBuildRestarts }, fewer)},
 	{Name: "substituters", Default: defaultSubstituter, Scope: Guarded, Usage: "caches that the server fetches from, best first",
 		value: items(func(e *Effective) *[]URL { return &e.Substituters }, parseURL(schemesRead))},
