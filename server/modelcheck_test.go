@@ -114,6 +114,9 @@ func (m *modelTest) checkLimited(p *pending, r *nixproto.BuildResult) {
 	all := m.requestsOf(p.who.ID)
 	p.id = all[len(all)-1].ID
 	b := m.checkRecord(p, store.StatusTimeout)
+	if len(f.script.logs) != 1 {
+		m.t.Fatalf("step %d: a build that passed a limit ran %d times", m.step, len(f.script.logs))
+	}
 	end := &knownEnd{account: p.who.ID, build: b.ID, log: f.script.logs[0]}
 	m.timedOut(p.ask, end, func(own store.AccountID) bool {
 		ends, err := m.st.Ends(m.t.Context(), m.realKey(b), own)
