@@ -100,7 +100,7 @@ func TestSigningKeyCommands(t *testing.T) {
 		if k.KeyName+":"+k.PublicKey != ts.account.PublicKey || k.KeyName != "test/alice-1" {
 			t.Errorf("%s: %+v", line, k)
 		}
-		if out, errs, _ := ts.shell(ci, line); strings.TrimSuffix(out, "\n") != ts.account.PublicKey {
+		if out, errs, _ := ts.shell(ci, line); out != ts.account.PublicKey+"\n" {
 			t.Errorf("%s in the shell: %q %q", line, out, errs)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"time"
 )
 
 // runAPI runs one command and answers in JSON; it returns the exit status.
@@ -83,11 +84,13 @@ func (ss *session) runLines() int {
 			if open {
 				_, _ = io.WriteString(ss.stdout(), "\n") // the client may be gone
 			}
-			run := ss.runPiped
-			if open = isOldKeyCommand(words); open {
-				run = ss.runOldKeyCommand
+			var st int
+			if isOldKeyCommand(words) && !errors.Is(err, errLastLine) {
+				st, open = ss.runOldKeyCommand(in, words)
+			} else {
+				st, open = ss.runLine(ss.ctx, nil, ss.stdout(), ss.stderr(), words), false
 			}
-			if st := run(words); st != 0 {
+			if st != 0 {
 				status = st
 			}
 		}
@@ -97,31 +100,44 @@ func (ss *session) runLines() int {
 	}
 }
 
-// runPiped runs one command on plain pipes.
-func (ss *session) runPiped(words []string) int {
-	return ss.runLine(ss.ctx, nil, ss.stdout(), ss.stderr(), words)
-}
-
 // isOldKeyCommand reports whether the oldest published scripts ask so for the
 // signing key of their account.
 func isOldKeyCommand(words []string) bool {
 	return slices.Equal(words, []string{"show", "public-signing-key"})
 }
 
-// runOldKeyCommand answers those scripts as they want it, and who reads stdout,
-// too. They keep stdin open until the key comes on stderr, behind a prompt with
-// the name of the server; they cut the prompt off, and take that together with
-// what is on stdout for a list of keys. So the line on stdout is not ended here,
-// and there is one blank more behind the prompt.
-func (ss *session) runOldKeyCommand(words []string) int {
+// oldKeyWait is how long a client may send nothing before it is taken for one of
+// those scripts.
+const oldKeyWait = time.Second
+
+// runOldKeyCommand answers those scripts as they want it. They send nothing more
+// until the key comes on stderr, behind a prompt with the name of the server;
+// they cut the prompt off, and take that together with what is on stdout for a
+// list of keys. So the line on stdout is left open for them, and there is one
+// blank more behind the prompt. Who sends on, or is done, is answered as always.
+func (ss *session) runOldKeyCommand(in *bufio.Reader, words []string) (status int, open bool) {
+	more := make(chan struct{})
+	go func() {
+		defer close(more)
+		_, _ = in.Peek(1) // its error comes again
+	}()
 	var answer strings.Builder
-	status := ss.runLine(ss.ctx, nil, &answer, ss.stderr(), words)
-	if key := strings.TrimSpace(answer.String()); key != "" {
-		server, _, _ := strings.Cut(key, "/")
-		_, _ = io.WriteString(ss.stdout(), key) // the client may be gone
-		_, _ = io.WriteString(ss.stderr(), server+">  "+key+"\n")
+	status = ss.runLine(ss.ctx, nil, &answer, ss.stderr(), words)
+	timer := time.NewTimer(oldKeyWait)
+	defer timer.Stop()
+	// The client may be gone: errors of writing are of no use.
+	select {
+	case <-more:
+		_, _ = io.WriteString(ss.stdout(), answer.String())
+		return status, false
+	case <-timer.C:
 	}
-	return status
+	key := strings.TrimSpace(answer.String())
+	server, _, _ := strings.Cut(key, "/")
+	_, _ = io.WriteString(ss.stdout(), key)
+	_, _ = io.WriteString(ss.stderr(), server+">  "+key+"\n")
+	<-more
+	return status, true
 }
 
 // isExit reports whether a word ends the shell.

@@ -227,20 +227,27 @@ func TestOldestKeyCommand(t *testing.T) {
 	if got := strings.Fields(found); !slices.Equal(got, []string{key, key}) || strings.Contains(found, "\n") {
 		t.Errorf("the script finds %q", found)
 	}
+	if _, err := io.WriteString(p.WriteCloser, "settings timeout --show\n"); err != nil {
+		t.Fatal(err)
+	}
 	if err := p.Close(); err != nil {
 		t.Fatal(err)
+	}
+	if rest, err := io.ReadAll(p.Reader); err != nil || string(rest) != "\n0\n" {
+		t.Errorf("then %q, %v", rest, err)
 	}
 	if status := p.status(t); status != 0 {
 		t.Errorf("status %d", status)
 	}
 	for input, want := range map[string]string{
-		"show public-signing-key\nexit\n":                      key,
-		"show public-signing-key":                              key,
+		"show public-signing-key\nexit\n":                      key + "\n",
+		"show public-signing-key":                              key + "\n",
+		"show public-signing-key\n":                            key + "\n",
 		"show public-signing-key\nsettings timeout --show\n":   key + "\n0\n",
-		"show public-signing-key\nshow public-signing-key\n\n": key + "\n" + key,
+		"show public-signing-key\nshow public-signing-key\n\n": key + "\n" + key + "\n",
 	} {
-		if out, _, status := ts.command(ts.alice, "shell", input); out != want || status != 0 {
-			t.Errorf("%q: %d, %q", input, status, out)
+		if out, errs, status := ts.command(ts.alice, "shell", input); out != want || errs != "" || status != 0 {
+			t.Errorf("%q: %d, %q, %q", input, status, out, errs)
 		}
 	}
 }
