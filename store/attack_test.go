@@ -3,10 +3,8 @@ package store_test
 import (
 	"bytes"
 	"errors"
-	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"nbd/nixproto"
 	"nbd/store"
@@ -112,43 +110,5 @@ func TestAttackLogsAreCounted(t *testing.T) {
 	}
 	if after, err := s.ViewSize(ctx, mallory); err != nil || after < 600<<10 {
 		t.Errorf("size %d, %v", after, err)
-	}
-}
-
-// A long chain that is lent costs who refers to it in proportion to its length.
-func TestAttackLongLentChain(t *testing.T) {
-	l := newLending(t)
-	const n = 20_000
-	up, err := l.s.NewUpload(ctx, l.alice, store.UploadOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer up.Abort()
-	nar := storetest.File("x", false)
-	var last *nixproto.PathInfo
-	for i := range n {
-		var refs []nixproto.StorePath
-		if last != nil {
-			refs = append(refs, last.Path)
-		}
-		last = storetest.Unsigned(strconv.Itoa(i), "chain", nar, refs...)
-		if err := up.Add(last, bytes.NewReader(nar)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := up.Commit(); err != nil {
-		t.Fatal(err)
-	}
-	v := l.sight(l.bob, linked(l.alice))
-	top := storetest.Unsigned("top", "top", nar, last.Path)
-	start := time.Now()
-	if err := v.Register(ctx, []store.Registration{{Info: *top}}); err != nil {
-		t.Fatal(err)
-	}
-	if took := time.Since(start); took > 20*time.Second {
-		t.Errorf("it takes %v", took)
-	}
-	if all, err := l.s.All(ctx, l.bob); err != nil || len(all) != n+1 {
-		t.Errorf("bob has %d paths, %v", len(all), err)
 	}
 }
