@@ -393,7 +393,9 @@ func (b *Builds) cancelled(ctx context.Context, j *job) *ending {
 	return shuttingDown(j)
 }
 
-func abandoned(j *job) string { return "nobody waited for '" + string(j.drvPath) + "' any more" }
+func abandoned(j *job) string {
+	return "the client went away before '" + string(j.drvPath) + "' was built"
+}
 
 // crashed reports whether a builder died, or the shell that ran it says that
 // something died, by a signal that an emulated processor may have caused.
