@@ -125,7 +125,7 @@ func (m *modelTest) newAsk(d *modelDrv) *ask {
 	if m.chance(4) {
 		p.timeouts = !p.timeouts
 	}
-	p.keep, p.restarts, p.patient = m.chance(6), m.rng.IntN(3), m.chance(3)
+	p.keep, p.restarts, p.patient = m.chance(6), 1+m.step%2, m.chance(3) // one number for all who may wait for one another
 	if m.chance(4) {
 		p.limited = oneOf(m, []string{store.TimeoutRun, store.TimeoutSilent})
 	}
@@ -371,7 +371,7 @@ func (m *modelTest) landOne(f *modelFlight) {
 			m.t.Errorf("step %d: %s is told of build %d", m.step, p.who.Name, b.ReusedFrom)
 		}
 		if got := p.sink.log(p.drv.path); !p.gone && got != strings.Join(s.logs, "") {
-			m.t.Errorf("step %d: %s saw %q, want %q", m.step, p.who.Name, got, s.logs)
+			m.t.Errorf("step %d: %s saw %q, want %q, after %v; %+v", m.step, p.who.Name, got, s.logs, s.outcomes, p.policy)
 		}
 		if end.outs != nil && !p.rebuild {
 			m.grant(p.ask, end)
