@@ -14,10 +14,10 @@ import (
 // settingsCommands show and change settings.
 func settingsCommands() []apiCommand {
 	return []apiCommand{{
-		name: "settings", args: "[NAME]", run: runSettings, text: printSettings, complete: completeSetting,
+		name: "settings", args: "[NAME] [MORE…]", run: runSettings, text: printSettings, complete: completeSetting,
 		flags: []apiFlag{
 			{"--show", "", "show the value"},
-			{"--set", "V", "set it; a list has commas or spaces"},
+			{"--set", "V", "set it; a list has commas or spaces, also as further words"},
 			{"--add", "V", "add to a list"},
 			{"--remove", "V", "remove from a list"},
 			{"--reset", "", "go back to the default"},
@@ -67,6 +67,12 @@ func runSettings(ctx context.Context, c *apiCall) (any, error) {
 	setting, ok := settings.Lookup(c.args[0])
 	if !ok {
 		return nil, usagef("there is no setting %q; `settings` lists all", clip(c.args[0]))
+	}
+	if more := c.args[1:]; len(more) > 0 { // ssh joins words, and quotes are gone
+		if change.Op == 0 || change.Op == settings.Reset {
+			return nil, usagef("%q is one word too many; usage: settings NAME --set V", clip(more[0]))
+		}
+		change.Value = strings.Join(append([]string{change.Value}, more...), " ")
 	}
 	if change.Op == 0 {
 		if setting.Name == signingKeySetting && !c.has("--ssh-key") {

@@ -26,6 +26,7 @@ func TestSettingsCommand(t *testing.T) {
 		ReuseBuildFailures bool
 		TrustedPublicKeys  []string
 		AccessTokens       []string
+		Substituters       []string
 		Origins            map[string]string
 	}
 	ts.api(ts.alice, "settings", &s)
@@ -50,6 +51,10 @@ func TestSettingsCommand(t *testing.T) {
 		t.Errorf("a secret is shown: %+v", s)
 	}
 	fingerprint := gossh.FingerprintSHA256(ts.alice.PublicKey())
+	ts.api(ts.alice, "settings substituters --set https://a.example https://b.example", &s)
+	if len(s.Substituters) != 2 {
+		t.Errorf("a list of words: %q", s.Substituters)
+	}
 	ts.api(ts.alice, "settings timeout --set 9 --ssh-key "+fingerprint, &s)
 	if s.Timeout != 9 || s.Origins["timeout"] != "key" {
 		t.Errorf("of a key: %+v", s)
@@ -66,13 +71,15 @@ func TestSettingsCommand(t *testing.T) {
 	bob := newKey(t)
 	ts.addAccount("bob", bob, nil)
 	for args, says := range map[string]string{
-		"timeout --set x":                                     "timeout is ",
-		"timeout --add 1":                                     "no list",
-		"timeout --set 1 --show":                              "one of",
-		"timeout --set 1 --set 2":                             "one of",
-		"max-storage --set 1":                                 "operator",
-		"caches --set file:///etc":                            "operator",
-		"trusted-accounts --set bob --ssh-key " + fingerprint: "account as a whole",
+		"timeout --reset 5":        "one word too many",
+		"timeout 5":                "one word too many",
+		"timeout --set x":          "timeout is ",
+		"timeout --add 1":          "no list",
+		"timeout --set 1 --show":   "one of",
+		"timeout --set 1 --set 2":  "one of",
+		"max-storage --set 1":      "operator",
+		"caches --set file:///etc": "operator",
+		"trusted-accounts --set bob --ssh-key " + fingerprint:                   "account as a whole",
 		"timeout --set 1 --ssh-key " + gossh.FingerprintSHA256(bob.PublicKey()): "there is no key",
 		"timeout --set 1 --ssh-key SHA256:x":                                    "there is no key",
 		"signing-key-for-builds --set other":                                    "has the key test/alice-1 only",

@@ -183,9 +183,13 @@ func (w *worker) queryPathInfo(p nixproto.StorePath) (nixproto.Response, error) 
 		return nil, err
 	}
 	if err != nil {
-		info = nil
-	} else if w.v < nixproto.MaxWorker {
+		return &nixproto.OptionalPathInfo{}, nil
+	}
+	if w.v < nixproto.MaxWorker {
 		info = plainSelfAddress(info)
+	}
+	if info, err = w.vouch(info); err != nil {
+		return nil, err
 	}
 	return &nixproto.OptionalPathInfo{Info: info}, nil
 }

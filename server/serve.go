@@ -147,7 +147,10 @@ func (c *serveConn) pathInfos(paths []nixproto.StorePath) ([]nixproto.PathInfo, 
 		if err != nil {
 			return nil, err
 		}
-		infos = append(infos, *plainSelfAddress(info))
+		if info, err = c.vouch(plainSelfAddress(info)); err != nil {
+			return nil, err
+		}
+		infos = append(infos, *info)
 	}
 	return infos, nil
 }

@@ -42,6 +42,9 @@ func TestServeTransfer(t *testing.T) {
 	}
 	infos := *serveDo(t, c, &nixproto.ServeQueryPathInfos{Paths: []nixproto.StorePath{testDrv, b.Path}}, nil).(*nixproto.ServePathInfos)
 	opts := cmp.Options{cmpopts.EquateEmpty(), cmp.AllowUnexported(nixproto.Hash{})}
+	for i := range infos {
+		infos[i] = uploaded(infos[i])
+	}
 	if diff := cmp.Diff(nixproto.ServePathInfos{b.PathInfo}, infos, opts); diff != "" {
 		t.Error(diff)
 	}

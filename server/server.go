@@ -160,6 +160,8 @@ type Server struct {
 	cancel context.CancelFunc
 	nextID atomic.Uint64 // of sessions
 
+	vouchers vouchers
+
 	mu        sync.Mutex // guards what follows
 	state     state
 	listeners map[net.Listener]struct{}

@@ -12,11 +12,19 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	gossh "golang.org/x/crypto/ssh"
 
 	"nbd/nixproto"
 	"nbd/nixproto/nar"
 	"nbd/store"
 )
+
+// uploaded returns what a client said of a path, of what it is told now: that
+// without the signatures of test accounts (TestVouch).
+func uploaded(info nixproto.PathInfo) nixproto.PathInfo {
+	info.Signatures = slices.DeleteFunc(slices.Clone(info.Signatures), func(sig string) bool { return strings.HasPrefix(sig, "test/") })
+	return info
+}
 
 // checkPath wants a path to be valid and its NAR to be what was uploaded.
 func checkPath(t *testing.T, w *workerClient, p testPath) {
@@ -27,7 +35,7 @@ func checkPath(t *testing.T, w *workerClient, p testPath) {
 		return
 	}
 	opts := cmp.Options{cmpopts.EquateEmpty(), cmpopts.IgnoreFields(nixproto.PathInfo{}, "RegistrationTime"), cmp.AllowUnexported(nixproto.Hash{})}
-	if diff := cmp.Diff(p.PathInfo, *got, opts); diff != "" {
+	if diff := cmp.Diff(p.PathInfo, uploaded(*got), opts); diff != "" {
 		t.Errorf("%s: %s", p.Path, diff)
 	}
 	w.do(t, &nixproto.NarFromPath{Path: p.Path}, nil)
@@ -307,6 +315,41 @@ func TestSignatures(t *testing.T) {
 	w.refused(t, add("no signature"), nil)
 	w.refused(t, add(ts.account.PublicKey[:strings.Index(ts.account.PublicKey, ":")]+":"+strings.Repeat("A", 86)+"=="), nil)
 	checkPath(t, w, p)
+}
+
+// TestVouch: what an account brought carries its signature when it is asked
+// for, over both protocols; what proves itself, and what others lend, does not.
+func TestVouch(t *testing.T) {
+	ts := newTestServer(t, nil)
+	bobKey := newKey(t)
+	bob := ts.addAccount("bob", bobKey, nil)
+	own, text := builtPath(t, "own", "x"), textPath(t, "text", "x")
+	ts.upload(ts.account.ID, own, text)
+	ts.set(ts.account, "trusted-accounts", "bob")
+	ts.set(bob, "trusted-accounts", "alice")
+	key, err := nixproto.ParsePublicKey(ts.account.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // made, and remembered
+		c, _ := ts.serveClient(ts.alice)
+		infos := *serveDo(t, c, &nixproto.ServeQueryPathInfos{Paths: []nixproto.StorePath{own.Path}}, nil).(*nixproto.ServePathInfos)
+		told := ts.worker(ts.alice).do(t, &nixproto.QueryPathInfo{Path: own.Path}, nil).(*nixproto.OptionalPathInfo).Info
+		for _, info := range []nixproto.PathInfo{infos[0], *told} {
+			if signers, err := info.CheckSignatures([]nixproto.PublicKey{key}); err != nil || len(signers) != 1 {
+				t.Errorf("signatures %q: %v", info.Signatures, err)
+			}
+		}
+	}
+	for p, ssh := range map[nixproto.StorePath]gossh.Signer{text.Path: ts.alice, own.Path: bobKey} {
+		info := ts.worker(ssh).do(t, &nixproto.QueryPathInfo{Path: p}, nil).(*nixproto.OptionalPathInfo).Info
+		if info == nil || len(info.Signatures) != 0 {
+			t.Errorf("%s: %+v", p, info)
+		}
+	}
+	if stored, err := ts.store.Info(t.Context(), ts.account.ID, own.Path); err != nil || len(stored.Signatures) != 0 {
+		t.Errorf("stored %+v, %v", stored, err)
+	}
 }
 
 func TestCollectGarbage(t *testing.T) {
