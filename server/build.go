@@ -412,9 +412,9 @@ func (b *Builds) byOutputs(ctx context.Context, r *request, log LogSink) (*endin
 		s.Keep(staticOutputs(j.drv)...)
 	}
 	known, err := b.knownOutputs(ctx, s, j)
-	fetched := false
+	fetched, notFetched := false, ""
 	if err == nil && j.mode == nixproto.BuildNormal && !known.complete {
-		if fetched, err = b.fetchOutputs(ctx, s, j, log); fetched {
+		if fetched, notFetched, err = b.fetchOutputs(ctx, s, j, log); fetched {
 			known, err = b.knownOutputs(ctx, s, j)
 		}
 	}
@@ -444,6 +444,9 @@ func (b *Builds) byOutputs(ctx context.Context, r *request, log LogSink) (*endin
 		}
 	}
 	r.decide("outputs", false, "not all outputs are valid")
+	if notFetched != "" {
+		r.decide("cache", false, notFetched)
+	}
 	return nil, nil
 }
 

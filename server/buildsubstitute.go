@@ -41,17 +41,17 @@ func (a drvAttrs) allowed(name string) bool {
 }
 
 // fetchOutputs brings those outputs of j that caches have, and reports whether
-// all are there then.
-func (b *Builds) fetchOutputs(ctx context.Context, s *Session, j *job, log LogSink) (complete bool, err error) {
+// all are there then, or why not.
+func (b *Builds) fetchOutputs(ctx context.Context, s *Session, j *job, log LogSink) (complete bool, why string, err error) {
 	paths := staticOutputs(j.drv)
 	if len(paths) < len(j.drv.Outputs) {
-		return false, nil // caches are asked for paths
+		return false, "caches are asked for paths, and those of the outputs are not known yet", nil
 	}
 	if _, outputs, err := b.mayFetch(s, j.drv, j.sent); err != nil || !outputs {
-		return false, err
+		return false, "caches are not asked for it, or there are none", err
 	}
 	have, err := b.cfg.Substituter.Ensure(ctx, s, paths, log)
-	return len(have) == len(paths), err
+	return len(have) == len(paths), "no cache that answers has all outputs, signed by a trusted key", err
 }
 
 // fetchInputs brings those inputs of j that are not there.

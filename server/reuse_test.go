@@ -314,6 +314,13 @@ func TestReuseFirstFailure(t *testing.T) {
 	r, _ := bt.alice().build(req)
 	wantError(t, r, nixproto.PermanentFailure, "marker 1", "reused failure")
 	bt.wantRuns(1)
+	var checks []string // all that was looked at, in the order of the rules
+	for _, d := range bt.alice().requests()[1].Decisions {
+		checks = append(checks, d.Check)
+	}
+	if want := []string{"outputs", "cache", "success", "failure"}; !slices.Equal(checks, want) {
+		t.Errorf("checks %q, want %q", checks, want)
+	}
 }
 
 // What is no truth about the build is not served to anybody again.
