@@ -73,7 +73,13 @@ func (c *Client) Build(ctx context.Context, id uint64) (b Build, err error) {
 
 // BuildLog copies the log of a build to w, live while it runs.
 func (c *Client) BuildLog(ctx context.Context, id uint64, w io.Writer) error {
-	return c.copy(ctx, fmt.Sprintf("/builds/%d/log", id), w)
+	answer, err := c.ask(ctx, http.MethodGet, fmt.Sprintf("/builds/%d/log", id), nil, nil)
+	if err != nil {
+		return err
+	}
+	defer answer.Close()
+	_, err = io.Copy(w, answer)
+	return err
 }
 
 // CancelBuild ends a build that waits or runs.
@@ -111,26 +117,4 @@ type Revoked struct {
 // that has it.
 func (c *Client) Revoke(ctx context.Context, what string) (r Revoked, err error) {
 	return r, c.do(ctx, http.MethodPost, "/results/revoke", url.Values{"what": {what}}, nil, &r)
-}
-
-// copy copies an answer that is no JSON.
-func (c *Client) copy(ctx context.Context, path string, w io.Writer) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://nbd"+path, nil)
-	if err != nil {
-		return err
-	}
-	resp, err := c.http.Do(req)
-	if err != nil {
-		return c.explain(err)
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		var e Error
-		if err := json.NewDecoder(io.LimitReader(resp.Body, MaxBody)).Decode(&e); err != nil {
-			return fmt.Errorf("server answered %s", resp.Status)
-		}
-		return &HintError{&e, e.Hint}
-	}
-	_, err = io.Copy(w, resp.Body)
-	return err
 }

@@ -98,35 +98,46 @@ func (c *Client) GC(ctx context.Context) (f Freed, err error) {
 
 // do sends one request and decodes its answer into out, unless that is nil.
 func (c *Client) do(ctx context.Context, method, path string, query url.Values, in, out any) error {
+	answer, err := c.ask(ctx, method, path, query, in)
+	if err != nil {
+		return err
+	}
+	defer answer.Close()
+	if out == nil {
+		return nil
+	}
+	return json.NewDecoder(answer).Decode(out)
+}
+
+// ask sends one request, with in as JSON unless that is nil, and returns the
+// answer, which the caller closes. A refusal is an error.
+func (c *Client) ask(ctx context.Context, method, path string, query url.Values, in any) (io.ReadCloser, error) {
 	var body io.Reader
 	if in != nil {
 		b, err := json.Marshal(in)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		body = bytes.NewReader(b)
 	}
 	u := url.URL{Scheme: "http", Host: "nbd", Path: path, RawQuery: query.Encode()}
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), body)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return c.explain(err)
+		return nil, c.explain(err)
+	}
+	if resp.StatusCode == http.StatusOK {
+		return resp.Body, nil
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		var e Error
-		if err := json.NewDecoder(io.LimitReader(resp.Body, MaxBody)).Decode(&e); err != nil {
-			return fmt.Errorf("server answered %s", resp.Status)
-		}
-		return &HintError{&e, e.Hint}
+	var e Error
+	if err := json.NewDecoder(io.LimitReader(resp.Body, MaxBody)).Decode(&e); err != nil {
+		return nil, fmt.Errorf("server answered %s", resp.Status)
 	}
-	if out == nil {
-		return nil
-	}
-	return json.NewDecoder(resp.Body).Decode(out)
+	return nil, &HintError{&e, e.Hint}
 }
 
 // explain says what to do about a socket that does not answer.
