@@ -62,7 +62,7 @@ func runSettings(ctx context.Context, c *apiCall) (any, error) {
 		if change.Op != 0 {
 			return nil, usagef("name the setting to change: settings NAME …")
 		}
-		return c.showSettings(settings.All())
+		return c.showSettings(ctx, settings.All())
 	}
 	setting, ok := settings.Lookup(c.args[0])
 	if !ok {
@@ -78,7 +78,7 @@ func runSettings(ctx context.Context, c *apiCall) (any, error) {
 		if setting.Name == signingKeySetting && !c.has("--ssh-key") {
 			return c.signingKey(), nil
 		}
-		v, err := c.showSettings([]settings.Setting{*setting})
+		v, err := c.showSettings(ctx, []settings.Setting{*setting})
 		v.one = true
 		return v, err
 	}
@@ -86,10 +86,14 @@ func runSettings(ctx context.Context, c *apiCall) (any, error) {
 	if err := c.Client.require(AccountWrite); err != nil {
 		return nil, err
 	}
-	if err := c.changeSetting(ctx, change); err != nil {
+	o, err := c.settingsOwner(ctx)
+	if err != nil {
 		return nil, err
 	}
-	e, err := c.effectiveSettings()
+	if err := c.server.book.change(ctx, o, change); err != nil {
+		return nil, err
+	}
+	e, err := c.effectiveSettings(o)
 	return apiSettings{effective: e, list: []settings.Setting{*setting}, one: true, changed: true}, err
 }
 
@@ -100,8 +104,8 @@ func (c *apiCall) settingsChange() (change settings.Change, err error) {
 	if c.has("--show") {
 		n++
 	}
-	for flag, op := range map[string]settings.Op{"--set": settings.Set, "--add": settings.Add, "--remove": settings.Remove, "--reset": settings.Reset} {
-		for _, v := range c.flags[flag] {
+	for name, op := range settingOps {
+		for _, v := range c.flags["--"+name] {
 			change.Op, change.Value = op, v
 			n++
 		}
@@ -126,50 +130,23 @@ func (c *apiCall) settingsOwner(ctx context.Context) (store.SettingsOwner, error
 
 // effectiveSettings returns what counts now: for this session, or, of a key
 // that was named, for its sessions.
-func (c *apiCall) effectiveSettings() (settings.Effective, error) {
-	o, err := c.settingsOwner(context.Background())
-	if err != nil || o.Key == "" {
-		e, currentErr := c.currentSettings()
-		if err == nil {
-			err = currentErr
-		}
-		return e, err
+func (c *apiCall) effectiveSettings(o store.SettingsOwner) (settings.Effective, error) {
+	if o.Key == "" {
+		return c.currentSettings()
 	}
 	return c.server.book.client(o.Account, o.Key), nil
 }
 
-func (c *apiCall) showSettings(list []settings.Setting) (apiSettings, error) {
+func (c *apiCall) showSettings(ctx context.Context, list []settings.Setting) (apiSettings, error) {
 	if err := c.Client.require(AccountRead); err != nil {
 		return apiSettings{}, err
 	}
-	e, err := c.effectiveSettings()
-	return apiSettings{effective: e, list: list}, err
-}
-
-// changeSetting changes what the account, or a key of it, has stored.
-func (c *apiCall) changeSetting(ctx context.Context, change settings.Change) error {
 	o, err := c.settingsOwner(ctx)
 	if err != nil {
-		return err
+		return apiSettings{}, err
 	}
-	if change.Name == signingKeySetting && change.Op != settings.Reset && change.Value != "" && change.Value != c.signingKey().KeyName {
-		return refusef("setting %s is %q, and the account has the key %s only", change.Name, clip(printable(change.Value)), c.signingKey().KeyName)
-	}
-	level, inherited := settings.Account, c.server.book.systemSettings()
-	if o.Key != "" {
-		level, inherited = settings.Key, c.server.book.account(o.Account)
-	}
-	return c.server.store.ChangeSettings(ctx, []store.SettingsOwner{o}, func(values []map[string]string) error {
-		edited, err := settings.Edit(values[0], inherited, level, change)
-		if err != nil {
-			return refusef("%v", err)
-		}
-		clear(values[0])
-		for name, text := range edited {
-			values[0][name] = text
-		}
-		return nil
-	})
+	e, err := c.effectiveSettings(o)
+	return apiSettings{effective: e, list: list}, err
 }
 
 // printSettings writes one value, or a table of all. A change that was made
