@@ -231,19 +231,19 @@ func (a *Admin) account(ctx context.Context, name string) (store.Account, error)
 	return acc, err
 }
 
+// accounts is the account of a name; if name is "", all.
+func (a *Admin) accounts(ctx context.Context, name string) ([]store.Account, error) {
+	if name == "" {
+		return a.store.Accounts(ctx)
+	}
+	acc, err := a.account(ctx, name)
+	return []store.Account{acc}, err
+}
+
 func (a *Admin) listKeys(r *http.Request) (any, error) {
-	var accounts []store.Account
-	if name := r.URL.Query().Get("account"); name != "" {
-		acc, err := a.account(r.Context(), name)
-		if err != nil {
-			return nil, err
-		}
-		accounts = append(accounts, acc)
-	} else {
-		var err error
-		if accounts, err = a.store.Accounts(r.Context()); err != nil {
-			return nil, err
-		}
+	accounts, err := a.accounts(r.Context(), r.URL.Query().Get("account"))
+	if err != nil {
+		return nil, err
 	}
 	list := []adminapi.KeyInfo{}
 	for _, acc := range accounts {
@@ -286,8 +286,7 @@ func (a *Admin) removeKey(r *http.Request) (any, error) {
 	fingerprint := r.URL.Query().Get("fingerprint")
 	_, err := a.store.RemoveKey(r.Context(), fingerprint)
 	if errors.Is(err, store.ErrNotFound) {
-		return nil, &adminapi.Error{Text: fmt.Sprintf("there is no key %q", clip(fingerprint)),
-			Hint: "give the fingerprint, SHA256:…, as `nbd admin key list` prints it"}
+		return nil, noSuchKey(fingerprint)
 	}
 	if err == nil {
 		a.disconnect(func(c *Client) bool { return c.Fingerprint == fingerprint })
@@ -306,8 +305,8 @@ func explainStore(err error, hint string) error {
 // readKeys reads an adminapi.NewKeys request and checks everything in it.
 func readKeys(r *http.Request) (adminapi.NewKeys, []store.Key, error) {
 	var req adminapi.NewKeys
-	if err := json.NewDecoder(r.Body).Decode(&req); err != nil {
-		return req, nil, &adminapi.Error{Text: "malformed request: " + err.Error()}
+	if err := readJSON(r, &req); err != nil {
+		return req, nil, err
 	}
 	for _, p := range req.Permissions {
 		if !slices.Contains(allPermissions, Permission(p)) {

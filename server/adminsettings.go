@@ -24,16 +24,12 @@ func (a *Admin) settingsOwner(ctx context.Context, o adminapi.SettingsOwner) (st
 	if o.Account == "" && o.Key == "" {
 		return store.SettingsOwner{}, nil
 	}
-	accounts, err := a.store.Accounts(ctx)
+	accounts, err := a.accounts(ctx, o.Account)
 	if err != nil {
 		return store.SettingsOwner{}, err
 	}
-	if o.Account != "" {
-		acc, err := a.account(ctx, o.Account)
-		if err != nil || o.Key == "" {
-			return store.SettingsOwner{Account: acc.ID}, err
-		}
-		accounts = []store.Account{acc}
+	if o.Key == "" {
+		return store.SettingsOwner{Account: accounts[0].ID}, nil
 	}
 	for _, acc := range accounts {
 		keys, err := a.store.Keys(ctx, acc.ID)
@@ -225,16 +221,9 @@ func tokenInfo(account string, t store.Token) adminapi.TokenInfo {
 }
 
 func (a *Admin) listTokens(r *http.Request) (any, error) {
-	accounts, err := a.store.Accounts(r.Context())
+	accounts, err := a.accounts(r.Context(), r.URL.Query().Get("account"))
 	if err != nil {
 		return nil, err
-	}
-	if name := r.URL.Query().Get("account"); name != "" {
-		acc, err := a.account(r.Context(), name)
-		if err != nil {
-			return nil, err
-		}
-		accounts = []store.Account{acc}
 	}
 	list := []adminapi.TokenInfo{}
 	for _, acc := range accounts {
@@ -263,8 +252,7 @@ func (a *Admin) addToken(r *http.Request) (any, error) {
 		e := a.book.account(acc.ID)
 		t.Permissions = permissionsOf(&e)
 	}
-	const longest = 100 * 365 * 24 * 3600
-	if req.Seconds < 0 || req.Seconds > longest {
+	if req.Seconds < 0 || req.Seconds > int64(maxTokenLife/time.Second) {
 		return nil, &adminapi.Error{Text: "a token is good for a hundred years at most", Hint: "leave --ttl out for one that does not expire"}
 	}
 	if req.Seconds > 0 {
