@@ -46,7 +46,7 @@ import (
 
 // Generation counts the changes to the sandbox that can make the same builder
 // end differently. Raise it by hand with such a change.
-const Generation = 1
+const Generation = 2
 
 // DefaultScratchMiB is the size of the scratch disk when a Spec names none.
 const DefaultScratchMiB = 50 << 10
