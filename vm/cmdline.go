@@ -30,12 +30,15 @@ const tbSizeMiB = 128
 // A machine is the hardware that a guest sees, which is all of its command line
 // but what it is started for. Equal machines share a template.
 type machine struct {
+	arch      *arch
 	accel     string // "kvm" or "tcg"
 	vcpus     int
 	memoryMiB int
 	// tscKHz is the true frequency of the host's time stamp counter; zero means
 	// that it is not known to 0.1 % and the guest shall measure it.
 	tscKHz int
+	// kvm guests can run guests: builds in them may find /dev/kvm.
+	kvm bool
 }
 
 // A mode is what a guest is started for.
@@ -47,11 +50,11 @@ const (
 )
 
 // cpuModel returns the value of -cpu.
-func cpuModel(accel string) string {
+func (a *arch) cpuModel(accel string) string {
 	if accel == "kvm" {
-		return "host,migratable=on"
+		return a.cpuKVM
 	}
-	return "max"
+	return a.cpuTCG
 }
 
 // arguments returns QEMU's arguments without its name. They name no path of
@@ -63,9 +66,9 @@ func arguments(m machine, how mode) []string {
 	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-M", "q35,memory-backend=mem0,vmport=off,smm=off,sata=off,usb=off,graphics=off",
+		"-M", m.arch.machine + ",memory-backend=mem0",
 		"-accel", accel,
-		"-cpu", cpuModel(m.accel),
+		"-cpu", m.arch.cpuModel(m.accel),
 		"-smp", strconv.Itoa(m.vcpus),
 		"-m", fmt.Sprintf("%dM", m.memoryMiB),
 		// Without reserve=off the kernel may refuse mappings larger than the
@@ -82,13 +85,16 @@ func arguments(m machine, how mode) []string {
 	args = append(args,
 		"-chardev", socketDevice("ctl", fdControl), "-device", "virtserialport,bus=vs0.0,chardev=ctl,name="+link.ControlPort,
 		"-chardev", socketDevice("log", fdLog), "-device", "virtserialport,bus=vs0.0,chardev=log,name="+link.LogPort,
-		"-device", "virtio-rng-pci", "-device", "vmgenid,guid=auto", "-device", "pvpanic-pci",
+		"-device", "virtio-rng-pci", "-device", "pvpanic-pci",
 		"-blockdev", socketDisk(link.InputSerial, fdInputs)+",read-only=on", "-device", blockDevice(link.InputSerial),
 		"-blockdev", fmt.Sprintf("driver=raw,node-name=%s,discard=unmap,detect-zeroes=unmap,cache.no-flush=on,file.driver=file,file.filename=%s", link.ScratchSerial, inherited(fdScratch)),
 		"-device", blockDevice(link.ScratchSerial),
 		"-blockdev", socketDisk(link.OutputSerial, fdSink)+",read-only=off", "-device", blockDevice(link.OutputSerial),
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 	)
+	for _, d := range m.arch.devices {
+		args = append(args, "-device", d)
+	}
 	if how == modeClone {
 		args = append(args, "-incoming", "defer")
 	}
@@ -116,9 +122,9 @@ func blockDevice(node string) string {
 // all processors, since under emulation each costs a clone three quarters of a
 // second the first time; a cpuset keeps a build from those it is not given.
 func kernelParameters(m machine) string {
-	p := []string{"quiet", "panic=-1", "console=ttyS0", "cryptomgr.notests"}
+	p := []string{"quiet", "panic=-1", "console=" + m.arch.console, "cryptomgr.notests"}
 	if m.accel == "tcg" {
-		p = append(p, "no_timer_check", "mitigations=off", "nokaslr")
+		p = append(p, m.arch.parameters...)
 		if m.tscKHz > 0 {
 			p = append(p, fmt.Sprintf("tsc_early_khz=%d", m.tscKHz))
 		}

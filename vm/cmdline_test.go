@@ -7,8 +7,8 @@ import (
 )
 
 func TestArguments(t *testing.T) {
-	tcg := machine{accel: "tcg", vcpus: 2, memoryMiB: 2560, tscKHz: 2445430}
-	kvm := machine{accel: "kvm", vcpus: 8, memoryMiB: 40960}
+	tcg := machine{arch: archX8664, accel: "tcg", vcpus: 2, memoryMiB: 2560, tscKHz: 2445430}
+	kvm := machine{arch: archX8664, accel: "kvm", vcpus: 8, memoryMiB: 40960}
 	for _, tt := range []struct {
 		name       string
 		m          machine
@@ -26,7 +26,7 @@ func TestArguments(t *testing.T) {
 			want: []string{"share=on,reserve=off", "-incoming defer", "tsc_early_khz=2445430"},
 		},
 		{
-			name: "unknown frequency", m: machine{accel: "tcg", vcpus: 2, memoryMiB: 2560},
+			name: "unknown frequency", m: machine{arch: archX8664, accel: "tcg", vcpus: 2, memoryMiB: 2560},
 			lack: []string{"tsc_early_khz"},
 		},
 		{
@@ -56,7 +56,7 @@ func TestArguments(t *testing.T) {
 func TestArgumentsAreConfined(t *testing.T) {
 	for _, accel := range []string{"tcg", "kvm"} {
 		for _, how := range []mode{modeBoot, modeClone} {
-			args := arguments(machine{accel: accel, vcpus: 2, memoryMiB: 2560}, how)
+			args := arguments(machine{arch: archX8664, accel: accel, vcpus: 2, memoryMiB: 2560}, how)
 			if i := slices.Index(args, "-sandbox"); i < 0 || args[i+1] != "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny" {
 				t.Errorf("%s: no sandbox in %q", accel, args)
 			}
@@ -78,7 +78,7 @@ func TestArgumentsAreConfined(t *testing.T) {
 
 // Clones differ from their template in nothing but what makes them clones.
 func TestCloneMatchesTemplate(t *testing.T) {
-	m := machine{accel: "tcg", vcpus: 2, memoryMiB: 2560}
+	m := machine{arch: archX8664, accel: "tcg", vcpus: 2, memoryMiB: 2560}
 	boot, clone := arguments(m, modeBoot), arguments(m, modeClone)
 	if len(clone) != len(boot)+2 {
 		t.Fatalf("%d and %d arguments", len(boot), len(clone))
@@ -91,16 +91,16 @@ func TestCloneMatchesTemplate(t *testing.T) {
 }
 
 func TestMachineFor(t *testing.T) {
-	p := &platform{accel: "tcg", tscKHz: 2000000}
+	p := &platform{arch: archX8664, accel: "tcg", tscKHz: 2000000}
 	for _, tt := range []struct {
 		cores, memory int
 		want          machine
 		err           string
 	}{
-		{cores: 1, memory: 512, want: machine{"tcg", 1, 2560, 2000000}},
-		{cores: 2, memory: 2048, want: machine{"tcg", 2, 2560, 2000000}},
-		{cores: 3, memory: 4096, want: machine{"tcg", 4, 4608, 2000000}},
-		{cores: 128, memory: 100000, want: machine{"tcg", 128, 131584, 2000000}},
+		{cores: 1, memory: 512, want: machine{arch: archX8664, accel: "tcg", vcpus: 1, memoryMiB: 2560, tscKHz: 2000000}},
+		{cores: 2, memory: 2048, want: machine{arch: archX8664, accel: "tcg", vcpus: 2, memoryMiB: 2560, tscKHz: 2000000}},
+		{cores: 3, memory: 4096, want: machine{arch: archX8664, accel: "tcg", vcpus: 4, memoryMiB: 4608, tscKHz: 2000000}},
+		{cores: 128, memory: 100000, want: machine{arch: archX8664, accel: "tcg", vcpus: 128, memoryMiB: 131584, tscKHz: 2000000}},
 		{cores: 129, memory: 512, err: "at most 128 processors"},
 		{cores: 1, memory: 1 << 20, err: "at most 131584 MiB"},
 	} {

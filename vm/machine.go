@@ -28,7 +28,7 @@ func MemoryCostMiB(memoryMiB int) int { return memoryMiB + reservedMiB + overhea
 
 // machineFor returns the smallest machine for a build.
 func (p *platform) machineFor(cores, memoryMiB int) (machine, error) {
-	m := machine{accel: p.accel, tscKHz: p.tscKHz}
+	m := machine{arch: p.arch, accel: p.accel, tscKHz: p.tscKHz}
 	var ok bool
 	if m.vcpus, ok = atLeast(vcpuClasses, cores); !ok {
 		return m, fmt.Errorf("a guest has at most %d processors, not %d", slices.Max(vcpuClasses), cores)

@@ -85,6 +85,7 @@ func parseQEMUVersion(text string) (version string, major int, err error) {
 
 // A platform is what all guests of a Runner share, once it is known.
 type platform struct {
+	arch    *arch
 	qemu    qemu
 	kernel  Kernel
 	boot    *bootFiles
@@ -187,7 +188,7 @@ func (r *Runner) platform(ctx context.Context) (*platform, error) {
 // find finds out what guests run on. When fresh is true, nothing that was
 // learned by booting counts.
 func (r *Runner) find(ctx context.Context, fresh bool) (_ *platform, err error) {
-	p := &platform{qemu: r.qemu, kernel: r.kernel, cgroups: r.cgroups}
+	p := &platform{arch: r.arch, qemu: r.qemu, kernel: r.kernel, cgroups: r.cgroups}
 	if p.shell, err = hashFile(r.shell); err != nil {
 		return nil, fmt.Errorf("read shell of the sandbox: %w", err)
 	}
@@ -279,13 +280,13 @@ func (p *platform) pairKey(accel string) (string, error) {
 		return "", fmt.Errorf("uname: %w", err)
 	}
 	return strings.Join([]string{
-		accel, cpuModel(accel), cpuName(), p.boot.kernelHash, p.qemu.id, unix.ByteSliceToString(uts.Release[:]),
+		accel, p.arch.cpuModel(accel), cpuName(), p.boot.kernelHash, p.qemu.id, unix.ByteSliceToString(uts.Release[:]),
 	}, " | "), nil
 }
 
 // bootOnce boots a small guest until its agent answers.
 func (r *Runner) bootOnce(ctx context.Context, p *platform, accel string) (err error) {
-	m := machine{accel: accel, vcpus: 2, memoryMiB: 1024, tscKHz: p.tscKHz}
+	m := machine{arch: p.arch, accel: accel, vcpus: 2, memoryMiB: 1024, tscKHz: p.tscKHz}
 	if accel == "kvm" {
 		var stop context.CancelFunc
 		ctx, stop = context.WithTimeoutCause(ctx, kvmDeadline,
@@ -313,7 +314,7 @@ func (p *platform) warnings() []string {
 
 // generation names what can make a failing builder end differently.
 func (p *platform) generation() string {
-	cpu := cpuModel(p.accel)
+	cpu := p.arch.cpuModel(p.accel)
 	if p.accel == "kvm" {
 		cpu = cpuName()
 	}

@@ -125,7 +125,7 @@ func TestTemplateID(t *testing.T) {
 	p := func() *platform {
 		return &platform{qemu: qemu{id: "q"}, boot: &bootFiles{kernelHash: "k", initrdHash: "i"}}
 	}
-	m := machine{"tcg", 2, 2560, 0}
+	m := machine{arch: archX8664, accel: "tcg", vcpus: 2, memoryMiB: 2560}
 	base := p().templateID(m)
 	if p().templateID(m) != base {
 		t.Error("not the same for the same")

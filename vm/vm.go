@@ -130,6 +130,7 @@ type Status struct {
 // A Runner runs builds. Its methods are safe for concurrent use.
 type Runner struct {
 	cfg     Config
+	arch    *arch
 	qemu    qemu
 	kernel  Kernel
 	shell   string
@@ -169,6 +170,9 @@ func New(cfg Config) (*Runner, error) {
 		answers: &answers{path: filepath.Join(cfg.StateDir, qualifiedFile)}}
 	r.life, r.end = context.WithCancelCause(context.Background())
 	var err error
+	if r.arch, err = hostArch(); err != nil {
+		return nil, err
+	}
 	if r.qemu, err = findQEMU(r.life, cfg.QEMU); err != nil {
 		return nil, err
 	}
@@ -276,7 +280,7 @@ func (r *Runner) Status() Status {
 		Guests: int(r.alive.Load()), Weaknesses: slices.Clone(r.weak),
 	}
 	if p := r.found.Load(); p != nil {
-		s.Accel, s.WhyNotKVM, s.CPU, s.Generation = p.accel, p.notKVM, cpuModel(p.accel), p.generation()
+		s.Accel, s.WhyNotKVM, s.CPU, s.Generation = p.accel, p.notKVM, p.arch.cpuModel(p.accel), p.generation()
 		s.Weaknesses = append(s.Weaknesses, p.warnings()...)
 	}
 	var failures []error
