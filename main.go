@@ -35,18 +35,10 @@ import (
 	"nbd/vm"
 	"nbd/vm/egress"
 	"nbd/vm/guest"
-	"nbd/vm/link"
 )
 
 func main() {
-	// The same program is the init of its guests, and what enters the sandbox
-	// there.
-	switch {
-	case os.Getpid() == 1 && os.Args[0] == "/init":
-		guest.Main()
-	case os.Args[0] == link.SandboxArg0:
-		guest.Sandbox()
-	}
+	guest.Enter() // the same program is the init of its guests
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 }
 

@@ -31,12 +31,24 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"nbd/vm/link"
 )
+
+// Enter becomes what this program is in a guest: its init, or what a name of its
+// own (link) says. Where it is nothing of that, it returns at once.
+func Enter() {
+	switch {
+	case os.Getpid() == 1 && os.Args[0] == link.InitPath:
+		Main()
+	case os.Args[0] == link.SandboxArg0:
+		Sandbox()
+	}
+}
 
 // Main is the life of the guest's PID 1. It never returns: when the agent
 // cannot go on, it says why on the console and resets the machine, which ends
@@ -80,6 +92,7 @@ type agent struct {
 	conn *link.Conn
 	log  *port
 	kit  *kit
+	used atomic.Pointer[link.Usage] // by the build so far
 
 	// The fields below belong to serve's goroutine.
 	awake bool
@@ -129,7 +142,7 @@ func (a *agent) handle(m link.Message) error {
 		if a.build != nil {
 			return errors.New("second build ordered")
 		}
-		a.build = newBuild(a.kit, m, a.conn, a.log)
+		a.build = newBuild(a.kit, m, a.conn, a.log, &a.used)
 		go a.runBuild(a.build)
 		return nil
 	case *link.Cancel:
@@ -148,12 +161,12 @@ func (a *agent) runBuild(b *build) {
 	}
 }
 
-// beat tells the host, from a thread of its own, that the guest is alive. It
-// ends when the host does not listen any more.
+// beat tells the host, from a thread of its own, that the guest is alive, and
+// what its build has used so far. It ends when the host does not listen any more.
 func (a *agent) beat() {
 	runtime.LockOSThread()
 	for range time.Tick(link.BeatInterval) {
-		if err := a.conn.Send(&link.Beat{}); err != nil {
+		if err := a.conn.Send(&link.Beat{Usage: a.used.Load()}); err != nil {
 			fmt.Fprintln(os.Stderr, "nbd guest:", err)
 			return
 		}
