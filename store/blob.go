@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 
 	"nbd/nixproto"
 	"nbd/nixproto/nar"
@@ -24,9 +25,17 @@ type Blob struct {
 	f       *os.File // the file, or that of the segment
 	segment *segment // nil for a file
 	store   *Store
+	sums    atomic.Pointer[[]byte] // see checksums
+	inject  func([]byte) error     // see Inject
 }
 
-// ReadAt implements io.ReaderAt over the NAR.
+// Inject has f see, and perhaps change, whatever is read from now on, before it
+// is compared with the checksums. It is for trying out what damage does, and
+// called before the first read.
+func (b *Blob) Inject(f func(read []byte) error) { b.inject = f }
+
+// ReadAt implements io.ReaderAt over the NAR. Bytes that are not those that were
+// stored are ErrDamaged.
 func (b *Blob) ReadAt(p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, errors.New("read blob: negative offset")
@@ -38,7 +47,7 @@ func (b *Blob) ReadAt(p []byte, off int64) (int, error) {
 	if short {
 		p = p[:b.at.size-off]
 	}
-	n, err := b.f.ReadAt(p, b.at.offset+off)
+	n, err := b.read(p, off)
 	switch {
 	case err == io.EOF: // the NAR does not end here
 		err = fmt.Errorf("read blob %s: %w: ends early", b.sum, ErrDamaged)
@@ -48,6 +57,14 @@ func (b *Blob) ReadAt(p []byte, off int64) (int, error) {
 		err = io.EOF
 	}
 	return n, err
+}
+
+// read fills p from off, both within the NAR.
+func (b *Blob) read(p []byte, off int64) (int, error) {
+	if b.at.summed {
+		return b.readChecked(p, off)
+	}
+	return b.f.ReadAt(p, b.at.offset+off)
 }
 
 // WriteTo writes the whole NAR to w. It implements io.WriterTo.

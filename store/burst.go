@@ -3,7 +3,6 @@ package store
 import (
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"path/filepath"
 	"sync"
 
@@ -156,10 +155,11 @@ func (b *burst) endFrame(start int, h sum, x nar.Index, replace bool) error {
 		return fmt.Errorf("encode index: %w", err)
 	}
 	index := frames[start+frameHead+size:]
-	at := blobRecord{
-		segment: inFrames, offset: int64(start + frameHead), size: int64(size),
-		indexLen: int64(len(index)), indexCRC: crc32.Checksum(index, castagnoli),
-	}
+	var sums summer
+	sums.add(frames[start+frameHead:][:size])
+	at := blobRecord{segment: inFrames, offset: int64(start + frameHead), size: int64(size)}
+	at.setTail(index, sums.finish())
+	frames = append(frames, sums.done...)
 	f := frame{kind: frameNAR, length: at.stored()}
 	f.put(frames[start:])
 	b.req.frames = append(frames, make([]byte, padded(f.length)-f.length)...)

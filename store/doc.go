@@ -32,6 +32,7 @@
 //	nbd.db              bbolt: all records (schema.go has the buckets)
 //	blobs/ab/ab12…      one NAR larger than 64 KiB, named by its SHA-256 in hex;
 //	                    behind the NAR, its index in the encoding of nar.Index
+//	                    and checksums of its chunks (sums.go)
 //	segments/00000001   smaller NARs, each with its index, and the commits that
 //	                    named them (frame.go has the layout); append-only
 //	logs/0/7.log        the log of build 7 while it is written, logs/0/7.log.zst

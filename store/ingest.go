@@ -4,7 +4,6 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"hash"
-	"hash/crc32"
 	"io"
 	"os"
 	"path/filepath"
@@ -187,6 +186,7 @@ type blobFile struct {
 	f       *os.File
 	path    string
 	size    int64 // bytes of the NAR written
+	sums    summer
 	started int64 // up to where the kernel was told to write
 	err     error // of a write; the file is of no use then
 }
@@ -206,12 +206,16 @@ func (b *blobFile) Write(p []byte) (int, error) {
 	if b.err != nil {
 		return 0, b.err
 	}
+	b.sums.add(p)
 	n, err := b.f.Write(p)
 	return n, b.wrote(n, err)
 }
 
 // writeAll writes pieces, with one system call as a rule. It changes the list.
 func (b *blobFile) writeAll(pieces [][]byte) error {
+	for _, p := range pieces {
+		b.sums.add(p)
+	}
 	for len(pieces) > 0 && b.err == nil {
 		n, err := unix.Writev(int(b.f.Fd()), pieces)
 		if err == unix.EINTR {
@@ -251,7 +255,7 @@ func (b *blobFile) startWriteback() {
 	b.started = b.size
 }
 
-// finish writes the index behind the NAR and returns the blob's record.
+// finish writes index and checksums behind the NAR and returns the blob's record.
 func (b *blobFile) finish(x nar.Index) (blobRecord, error) {
 	at := blobRecord{size: b.size}
 	if b.err != nil {
@@ -261,11 +265,11 @@ func (b *blobFile) finish(x nar.Index) (blobRecord, error) {
 	if err != nil {
 		return at, err
 	}
-	if _, err := b.f.Write(index); err != nil {
+	at.setTail(index, b.sums.finish())
+	if _, err := b.f.Write(append(index, b.sums.done...)); err != nil {
 		b.err = fmt.Errorf("write index: %w", diskError(err))
 		return at, b.err
 	}
-	at.indexLen, at.indexCRC = int64(len(index)), crc32.Checksum(index, castagnoli)
 	if err := b.f.Chmod(0o400); err != nil {
 		return at, fmt.Errorf("write blob: %w", err)
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"math"
 	"slices"
 	"strings"
@@ -196,32 +197,59 @@ type blobRecord struct {
 	size     int64  // of the NAR
 	indexLen int64  // of the index, which lies right behind the NAR
 	indexCRC uint32 // CRC-32C of the index
+	// summed says that checksums of the NAR follow the index (sums.go), and
+	// sumsCRC is the CRC-32C of those.
+	summed  bool
+	sumsCRC uint32
 }
 
 // stored returns the length of what is stored for the blob.
-func (r *blobRecord) stored() int64 { return r.size + r.indexLen }
+func (r *blobRecord) stored() int64 {
+	if r.summed {
+		return r.size + r.indexLen + sumsLen(r.size)
+	}
+	return r.size + r.indexLen
+}
 
-// blobVersion is the first byte of an encoded blobRecord.
-const blobVersion = 1
+// setTail says what lies behind the NAR.
+func (r *blobRecord) setTail(index, sums []byte) {
+	r.indexLen, r.indexCRC = int64(len(index)), crc32.Checksum(index, castagnoli)
+	r.summed, r.sumsCRC = true, crc32.Checksum(sums, castagnoli)
+}
+
+// The first byte of an encoded blobRecord tells whether checksums are stored.
+const (
+	blobVersion       = 1
+	blobVersionSummed = 2
+)
 
 // appendBlobRecord appends the encoding of r to b: version, segment, offset in
-// it if there is one, NAR size, length of the index, and the index's checksum
-// as four bytes, little endian.
+// it if there is one, NAR size, length of the index, and the CRC-32C of the index
+// and that of the checksums, if there are any, as four bytes each, little endian.
 func appendBlobRecord(b []byte, r *blobRecord) []byte {
-	b = append(b, blobVersion)
+	if r.summed {
+		b = append(b, blobVersionSummed)
+	} else {
+		b = append(b, blobVersion)
+	}
 	b = binary.AppendUvarint(b, r.segment)
 	if r.segment != 0 {
 		b = binary.AppendUvarint(b, uint64(r.offset))
 	}
 	b = binary.AppendUvarint(b, uint64(r.size))
 	b = binary.AppendUvarint(b, uint64(r.indexLen))
-	return binary.LittleEndian.AppendUint32(b, r.indexCRC)
+	b = binary.LittleEndian.AppendUint32(b, r.indexCRC)
+	if r.summed {
+		b = binary.LittleEndian.AppendUint32(b, r.sumsCRC)
+	}
+	return b
 }
 
 // decodeBlobRecord decodes what appendBlobRecord made.
 func decodeBlobRecord(b []byte) (r blobRecord, err error) {
 	d := decoder{b: string(b)}
-	if v := d.byte(); v != blobVersion {
+	v := d.byte()
+	if v != blobVersion && v != blobVersionSummed {
 		return r, fmt.Errorf("record of blob: %w: version %d", ErrDamaged, v)
 	}
 	if r.segment = d.uvarint(); r.segment != 0 {
@@ -230,6 +258,9 @@ func decodeBlobRecord(b []byte) (r blobRecord, err error) {
 	r.size = d.length()
 	r.indexLen = d.length()
 	r.indexCRC = d.uint32()
+	if r.summed = v == blobVersionSummed; r.summed {
+		r.sumsCRC = d.uint32()
+	}
 	if err := d.end(); err != nil {
 		return r, fmt.Errorf("record of blob: %w", err)
 	}

@@ -49,6 +49,7 @@ var testRecords = map[string]*record{
 var testBlobs = map[string]blobRecord{
 	"file":    {size: 1 << 33, indexLen: 70, indexCRC: 0xdeadbeef},
 	"segment": {segment: 300, offset: 24, size: 112, indexLen: 5, indexCRC: 1},
+	"summed":  {segment: 300, offset: 24, size: 112, indexLen: 5, indexCRC: 1, summed: true, sumsCRC: 2},
 }
 
 // testBatch is a batch with all of the above.

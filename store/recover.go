@@ -220,11 +220,13 @@ func (s *Store) reached(b *batchBlob) (bool, error) {
 	if _, err := io.Copy(h, io.NewSectionReader(seg.f, b.at.offset, b.at.size)); err != nil {
 		return false, err
 	}
-	index := make([]byte, b.at.indexLen)
-	if _, err := seg.f.ReadAt(index, b.at.offset+b.at.size); err != nil && err != io.EOF {
+	tail := make([]byte, b.at.stored()-b.at.size)
+	if _, err := seg.f.ReadAt(tail, b.at.offset+b.at.size); err != nil && err != io.EOF {
 		return false, err
 	}
-	return sum(h.Sum(nil)) == b.sum && crc32.Checksum(index, castagnoli) == b.at.indexCRC, nil
+	index, sums := tail[:b.at.indexLen], tail[b.at.indexLen:]
+	return sum(h.Sum(nil)) == b.sum && crc32.Checksum(index, castagnoli) == b.at.indexCRC &&
+		crc32.Checksum(sums, castagnoli) == b.at.sumsCRC, nil
 }
 
 // removeUnnamed removes the files of blobs that have no record, and what
