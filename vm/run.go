@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"time"
 
+	"nbd/vm/fault"
 	"nbd/vm/link"
 )
 
@@ -15,10 +16,11 @@ import (
 // is left. A build that failed is a *BuildError, one that nobody could run a
 // *SpecError; any other error is transient. The log's bytes go to log as they come: log must not block for long, it holds
 // up the builder. Outputs arrive in outs before Run returns; after an error the
-// caller drops them.
+// caller drops them. The Result of a build whose guest ran is not nil with an
+// error either: it tells what is known, as of a few seconds before a kill.
 //
 // When ctx ends the guest is killed at once and Run returns ctx's cause.
-func (r *Runner) Run(ctx context.Context, spec *Spec, log io.Writer, outs Outputs) (_ *Result, err error) {
+func (r *Runner) Run(ctx context.Context, spec *Spec, log io.Writer, outs Outputs) (res *Result, err error) {
 	if err := spec.check(); err != nil {
 		return nil, err
 	}
@@ -36,7 +38,13 @@ func (r *Runner) Run(ctx context.Context, spec *Spec, log io.Writer, outs Output
 		return nil, fmt.Errorf("order build: %w", err)
 	}
 	b := &build{r: r, p: p, spec: spec, order: order, log: log, begun: newDone()}
-	defer func() { err = b.end(ctx, err) }()
+	ctx = b.faulty.begin(ctx, r, order, spec.BuildID)
+	defer func() {
+		if err = b.end(ctx, err); err != nil && !b.result.Booted.IsZero() {
+			b.result.Produced = nil
+			res = &b.result
+		}
+	}()
 	if err := b.start(ctx, outs); err != nil {
 		return nil, err
 	}
@@ -70,10 +78,9 @@ type build struct {
 	order *link.BuildOrder
 	log   io.Writer
 
-	blobs    []Blob
-	disks    guestDisks
-	g        *guestVM
-	restored bool
+	blobs []Blob
+	disks guestDisks
+	g     *guestVM
 
 	// begun is closed by the sink when the first byte of an output arrives,
 	// which is a sign that the builder has ended.
@@ -82,6 +89,7 @@ type build struct {
 
 	result Result
 	pump   *logPump
+	faulty faulty
 }
 
 // start makes the disks and starts the guest. Inputs are laid out while the
@@ -110,7 +118,9 @@ func (b *build) start(ctx context.Context, outs Outputs) error {
 		<-bound // it opens blobs that end closes
 		return err
 	}
-	b.restored, b.result.Booted = b.g.restored, time.Now()
+	b.result.Restored, b.result.Booted = b.g.restored, time.Now()
+	b.faulty.proc.Store(b.g.proc)
+	b.faulty.at(fault.QEMUStart)
 	return <-bound
 }
 
@@ -160,7 +170,7 @@ func (b *build) createOutput(ctx context.Context, outs Outputs, i int) (OutputWr
 	if err != nil {
 		return nil, fmt.Errorf("store output %s: %w", b.spec.Outputs[i].Name, err)
 	}
-	return &markedWriter{w, &b.arriving}, nil
+	return &markedWriter{b.faulty.output(w), &b.arriving}, nil
 }
 
 // A markedWriter notes when bytes arrive.
@@ -201,6 +211,9 @@ func (b *build) bindInputs(ctx context.Context) error {
 func (b *build) end(ctx context.Context, err error) error {
 	if b.g != nil {
 		err = b.blame(err)
+		if err != nil && b.result.PeakScratch == 0 { // the guest has told nothing
+			b.result.PeakScratch = taken(b.g.scratch)
+		}
 		if cerr := b.g.close(); cerr != nil {
 			// The build is not to suffer for it, but an operator wants to know.
 			b.r.cfg.Logger.Error("remove guest", "build", b.spec.BuildID, "err", cerr)
@@ -242,7 +255,7 @@ func (b *build) run(ctx context.Context) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	b.account(result)
+	b.account(&result.Usage)
 	if err := b.waitForLog(ctx, result.LogBytes); err != nil {
 		return nil, err
 	}
@@ -271,7 +284,7 @@ func (b *build) listen(frames chan<- link.Message) error {
 // follow waits for the result of the build, and the outputs that were sent
 // before it.
 func (b *build) follow(ctx context.Context, frames <-chan link.Message, ended <-chan error) (*link.Result, *link.Outputs, error) {
-	f := &following{b: b, w: newWatch(b.g.machine.accel, b.spec, time.Now()), begun: b.begun}
+	f := &following{b: b, w: newWatch(b.faulty.accel(b.g.machine.accel), b.spec, time.Now()), begun: b.begun}
 	for f.result == nil {
 		if err := f.step(ctx, frames, ended); err != nil {
 			if b.result.Stop.IsZero() {
@@ -341,13 +354,20 @@ func (f *following) step(ctx context.Context, frames <-chan link.Message, ended 
 
 // hear takes one message of the guest.
 func (f *following) hear(m link.Message) error {
+	if f.b.faulty.deaf(m) {
+		return nil
+	}
 	now := time.Now()
 	f.w.beat = now
 	switch m := m.(type) {
 	case *link.Beat:
+		if m.Usage != nil {
+			f.b.account(m.Usage)
+		}
 		return f.b.checkHostDisk()
 	case *link.Started:
 		f.w.enter(phaseRunning, now)
+		f.b.faulty.at(fault.QEMURun, fault.QEMUStop)
 		f.b.result.Start = now
 	case *link.Outputs:
 		f.w.enter(phaseSending, now)
@@ -363,11 +383,12 @@ func (f *following) hear(m link.Message) error {
 	return nil
 }
 
-// account takes over what the guest has counted.
-func (b *build) account(res *link.Result) {
-	b.result.CPUUser, b.result.CPUSystem = res.CPUUser, res.CPUSystem
-	b.result.PeakMemory, b.result.PeakScratch = res.PeakMemory, res.ScratchUsed
-	b.result.Restored = b.restored
+// account takes over what the guest has counted so far. The guest is not trusted:
+// what it says of processors and memory counts as far as it can be.
+func (b *build) account(u *link.Usage) {
+	b.result.CPUUser, b.result.CPUSystem = max(u.CPUUser, 0), max(u.CPUSystem, 0)
+	b.result.PeakMemory = min(max(u.PeakMemory, b.result.PeakMemory), int64(b.spec.MemoryMiB)<<20)
+	b.result.PeakScratch = max(u.PeakScratch, b.result.PeakScratch)
 }
 
 // waitForLog waits until the pump has copied as much as the guest has written.

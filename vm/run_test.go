@@ -271,10 +271,12 @@ func TestRun(t *testing.T) {
 		failure(t, err, OutOfMemory)
 	})
 	t.Run("no space", func(t *testing.T) {
-		s := spec("nospace", "fallocate -l 2000000000 /build/big; echo done with $?; exit 1")
+		s := spec("nospace", "fallocate -l 2000000000 /build/big; echo done with $?; sleep 2; rm /build/big; exit 1")
 		s.ScratchMiB, s.MemoryMiB = 64, 512
 		_, _, _, err := run(t, s)
-		failure(t, err, NoSpace)
+		if peak := failure(t, err, NoSpace).Result.PeakScratch; peak < 900<<20 || peak > 1<<30 {
+			t.Errorf("a peak of %d bytes", peak)
+		}
 	})
 	t.Run("cancelled", func(t *testing.T) {
 		ctx, cancel := context.WithCancelCause(t.Context())

@@ -95,14 +95,17 @@ func (e *OutputError) Error() string { return "output refused: " + e.Err.Error()
 func (e *OutputError) Unwrap() error { return e.Err }
 
 // A Result tells of a build whose builder exited with status 0 and whose
-// outputs all arrived.
+// outputs all arrived; or, beside an error, what is known of one that ended
+// otherwise.
 type Result struct {
 	// Booted is when the guest first answered, Start when the builder ran its
 	// first instruction, Stop when it had ended; all on the host's clock.
 	Booted, Start, Stop time.Time
 	// CPUUser and CPUSystem are what the builder's cgroup used, in guest time.
 	CPUUser, CPUSystem time.Duration
-	// PeakMemory and PeakScratch are in bytes; zero if unknown.
+	// PeakMemory and PeakScratch are the most that was in use at one time, in
+	// bytes; zero if unknown. Memory is counted with the page cache that the build
+	// filled, which the kernel takes back before it runs out.
 	PeakMemory, PeakScratch int64
 	// Produced are the names of the outputs that were delivered, in order.
 	Produced []string

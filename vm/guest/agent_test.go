@@ -71,7 +71,7 @@ func TestBuildFailureIsInternal(t *testing.T) {
 		{err, true, link.Result{Kind: link.Cancelled}},
 		{refused("file %d", 1), false, link.Result{Kind: link.OutputRefused, Message: "file 1"}},
 	} {
-		b := newBuild(nil, order, nil, nil)
+		b := newBuild(nil, order, nil, nil, new(atomic.Pointer[link.Usage]))
 		if tt.cancel {
 			b.cancel()
 		}

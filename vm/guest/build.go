@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"runtime/debug"
+	"sync/atomic"
 
 	"nbd/vm/link"
 )
@@ -15,12 +16,13 @@ type build struct {
 	order  *link.BuildOrder
 	conn   *link.Conn
 	log    io.Writer
+	used   *atomic.Pointer[link.Usage] // for beats; nothing before it runs
 	ctx    context.Context
 	cancel context.CancelFunc
 }
 
-func newBuild(k *kit, order *link.BuildOrder, conn *link.Conn, log io.Writer) *build {
-	b := &build{kit: k, order: order, conn: conn, log: log}
+func newBuild(k *kit, order *link.BuildOrder, conn *link.Conn, log io.Writer, used *atomic.Pointer[link.Usage]) *build {
+	b := &build{kit: k, order: order, conn: conn, log: log, used: used}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	return b
 }
@@ -78,9 +80,15 @@ func (b *build) inGuest(r *link.Result) error {
 	if err != nil {
 		return err
 	}
+	looks := startSampler(group, func() (diskUse, error) { return useOfDisk(scratchDir) }, b.used)
 	started := func() error { return b.conn.Send(&link.Started{}) }
-	runErr := b.kit.sandbox.run(ctx, st, b.order, b.log, started, r)
-	if err := errors.Join(runErr, unwatch(), b.account(r, group, disks)); err != nil {
+	var runErr error
+	if b.order.Unconfined {
+		runErr = runUnconfined(ctx, b.order, b.log, started, r)
+	} else {
+		runErr = b.kit.sandbox.run(ctx, st, b.order, b.log, started, r)
+	}
+	if err := errors.Join(runErr, unwatch(), b.account(r, group, looks, disks)); err != nil {
 		return err
 	}
 	if err := b.ctx.Err(); err != nil {
@@ -107,16 +115,15 @@ func (b *build) dropFiles() {
 }
 
 // account fills in what the build has used and met.
-func (b *build) account(r *link.Result, group *cgroup, disks *ioErrors) error {
+func (b *build) account(r *link.Result, group *cgroup, looks *sampler, disks *ioErrors) (err error) {
+	if r.Usage, r.DiskFull, err = looks.stop(); err != nil {
+		return err
+	}
 	u, err := group.usage()
 	if err != nil {
 		return err
 	}
-	r.CPUUser, r.CPUSystem = u.cpuUser, u.cpuSystem
-	r.PeakMemory, r.OOMKills, r.ProcessLimit = u.peakMemory, u.oomKills, u.processLimit
-	if r.DiskFull, r.ScratchUsed, err = diskFull(scratchDir); err != nil {
-		return err
-	}
+	r.OOMKills, r.ProcessLimit = u.oomKills, u.processLimit
 	r.IOErrors, err = disks.seen()
 	return err
 }

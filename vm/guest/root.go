@@ -217,14 +217,22 @@ func checkFileName(name string) error {
 	return nil
 }
 
-// diskFull reports, as Nix guesses it, whether the builder may have failed for
-// lack of space in dir, and how many bytes are in use there.
-func diskFull(dir string) (full bool, used int64, err error) {
+// A diskUse is how much of a disk is in use; all in bytes.
+type diskUse struct {
+	used, free int64
+	// full says, as Nix guesses it, that a builder may have failed for lack of
+	// space.
+	full bool
+}
+
+// useOfDisk looks at the disk that dir lies on.
+func useOfDisk(dir string) (u diskUse, err error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
-		return false, 0, errors.Join(errors.New("look at scratch disk"), err)
+		return u, errors.Join(errors.New("look at scratch disk"), err)
 	}
 	const required = 8 << 20
-	full = st.Bavail*uint64(st.Bsize) < required || st.Files > 0 && st.Ffree == 0
-	return full, int64(st.Blocks-st.Bfree) * st.Bsize, nil
+	u.used, u.free = int64(st.Blocks-st.Bfree)*st.Bsize, int64(st.Bavail)*st.Bsize
+	u.full = u.free < required || st.Files > 0 && st.Ffree == 0
+	return u, nil
 }

@@ -20,6 +20,7 @@ var messages = []Message{
 	&Wake{Entropy: bytes.Repeat([]byte{0xa5}, MinEntropy), Time: 1700000000123456789},
 	&Awake{},
 	&Beat{},
+	&Beat{Usage: &Usage{CPUUser: time.Second, CPUSystem: 1, PeakMemory: 1 << 33, PeakScratch: 4096}},
 	&Cancel{},
 	&Started{},
 	&BuildOrder{
@@ -31,12 +32,12 @@ var messages = []Message{
 		Files:   []File{{Name: ".attrs.json", Data: []byte("{}")}},
 		Inputs:  []string{"26xbg1ndr7hbcncrlf9nhx5is2b25d13-busybox"},
 		Outputs: []Output{{Name: "out", Path: "/nix/store/8b5pmbnyr2pqd7whh57s7pk4yj4g0m4c-hello"}},
-		KVM:     true, MemoryMiB: 2048, MaxProcesses: 1000,
+		KVM:     true, MemoryMiB: 2048, MaxProcesses: 1000, Unconfined: true,
 	},
 	&Outputs{Outputs: []OutputInfo{{Name: "out", Size: 1 << 40}}},
 	&Result{
 		Kind: Signaled, ExitStatus: 1, Signal: 9, Message: "a \"message\"\n", LogBytes: 77,
-		CPUUser: time.Second, CPUSystem: time.Millisecond, PeakMemory: 1 << 33, ScratchUsed: 4096,
+		Usage:    Usage{CPUUser: time.Second, CPUSystem: time.Millisecond, PeakMemory: 1 << 33, PeakScratch: 4096},
 		OOMKills: 1, ProcessLimit: 2, DiskFull: true, IOErrors: true,
 	},
 }

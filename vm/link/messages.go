@@ -40,7 +40,7 @@ const (
 
 // Version is the version of this protocol. Host and guest are the same
 // binary; the number tells a template of an older binary from one of this.
-const Version = 1
+const Version = 2
 
 // BeatInterval is the time between two Beats of a guest that was woken.
 const BeatInterval = 5 * time.Second
@@ -73,7 +73,18 @@ const MinEntropy = 64
 type Awake struct{}
 
 // Beat says that the guest is alive, every BeatInterval.
-type Beat struct{}
+type Beat struct {
+	// Usage is what the build has used so far; nil before it runs.
+	Usage *Usage
+}
+
+// A Usage is what all processes of a build have used together. Zero fields are
+// unknown.
+type Usage struct {
+	CPUUser, CPUSystem time.Duration // nanoseconds
+	PeakMemory         int64         // bytes charged to the build at most
+	PeakScratch        int64         // bytes in use on the scratch disk at most
+}
 
 // Cancel ends the build that runs. The guest answers with a Result.
 type Cancel struct{}
@@ -113,15 +124,31 @@ type BuildOrder struct {
 	// MemoryMiB bounds the memory of the build, page cache included; zero
 	// leaves it all that the guest has but for the agent's.
 	MemoryMiB int
+	// Network is the network of the build; nil for none but its own loopback.
+	Network *Network
 	// MaxProcesses bounds the number of processes and threads of the build, which
 	// is killed when it wants more; zero is no bound.
 	MaxProcesses int
+	// Unconfined has the builder run as root outside the sandbox. It is for tests
+	// of what somebody meets who has broken out.
+	Unconfined bool
 }
 
 // A File is one regular file of the build directory.
 type File struct {
 	Name string // one path component
 	Data []byte
+}
+
+// A Network is how a guest uses the network device that it gets with the order.
+type Network struct {
+	// MAC is the address of the device, by which it is found.
+	MAC string
+	MTU int
+	// Addresses are those of the device, with the bits of their networks
+	// ("192.0.0.2/29"); Gateways the way to all others, one for each.
+	Addresses, Gateways []string
+	Nameserver          string
 }
 
 // An Output is one output of a build, at the path that the builder was told.
@@ -177,16 +204,12 @@ type Result struct {
 	// whole log when it has read as many.
 	LogBytes int64
 
-	// CPUUser and CPUSystem are what all processes of the build used, in
-	// nanoseconds; zero if unknown.
-	CPUUser, CPUSystem time.Duration
-	PeakMemory         int64 // bytes charged to the build at most; 0 if unknown
-	ScratchUsed        int64 // bytes used on the scratch disk at the end
+	Usage
 
 	// What may have starved the builder, whatever its exit status:
 	OOMKills     int64 // processes killed for lack of memory
 	ProcessLimit int64 // forks refused because of MaxProcesses
-	DiskFull     bool  // the scratch disk was (nearly) full at the end
+	DiskFull     bool  // the scratch disk was (nearly) full at some time
 	IOErrors     bool  // the kernel reported an error of a disk or a file system
 }
 
