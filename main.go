@@ -34,6 +34,7 @@ import (
 	"nbd/store"
 	"nbd/vm"
 	"nbd/vm/egress"
+	"nbd/vm/fault"
 	"nbd/vm/guest"
 )
 
@@ -121,6 +122,8 @@ second one ends at once. Every setting below may also come from the environment
 (NBD_SSH_LISTEN for --ssh-listen) or from a TOML file (ssh-listen = "…"); a flag
 wins over the environment, that over the file.`}
 	cfg := config.New(cmd, config.Serve, config.Guest)
+	cmd.Flags().String("fault", "", "what breaks builds on purpose (package vm/fault)")
+	cmd.Flag("fault").Hidden = true
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if err := cfg.Load(); err != nil {
 			return err
@@ -207,6 +210,9 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	}
 	defer closeLogged(log, "the store", st)
 	guests.Blobs = blobs{st}
+	if guests.Faults, err = fault.Parse(cfg.Text("fault")); err != nil {
+		return fmt.Errorf("fault: %w", err)
+	}
 	guests.Room = func() error { return st.CheckRoom(0) }
 	runner, err := vm.New(guests)
 	if err != nil {
@@ -268,7 +274,18 @@ type blobs struct{ *store.Store }
 
 // Open implements vm.Blobs.
 func (b blobs) Open(ctx context.Context, h nixproto.Hash) (vm.Blob, error) {
-	return b.OpenBlob(ctx, h)
+	broken := fault.From(ctx)
+	if err := broken.Open(); err != nil {
+		return nil, err
+	}
+	blob, err := b.OpenBlob(ctx, h)
+	if err != nil {
+		return nil, err
+	}
+	if read := broken.Read(); read != nil {
+		blob.Inject(read)
+	}
+	return blob, nil
 }
 
 // adminCommand is `nbd admin`, with --state from the environment, too.
@@ -288,13 +305,13 @@ func kernelCommand() *cobra.Command {
 	cmd.PersistentPreRunE = func(*cobra.Command, []string) error { return cfg.Load() }
 	cmd.AddCommand(
 		&cobra.Command{Use: "import FILE|DIR", Args: admincli.ExactArgs("FILE|DIR"),
-			Short: "Keep a kernel from a package (.deb, .rpm) or from a folder with vmlinuz and its modules",
+			Short: "Keep a kernel, or a static busybox, from a package (.deb, .rpm) or from a folder with vmlinuz and its modules",
 			RunE: func(cmd *cobra.Command, args []string) error {
-				k, err := vm.ImportKernel(cfg.Text("state"), args[0])
+				got, err := vm.Import(cfg.Text("state"), args[0])
 				if err != nil {
 					return importError(err)
 				}
-				fmt.Fprintln(cmd.OutOrStdout(), "imported", k.Name)
+				fmt.Fprintln(cmd.OutOrStdout(), "imported", got)
 				return nil
 			}},
 		&cobra.Command{Use: "list", Args: admincli.ExactArgs(), Short: "List kernels that guests could run, the one to be used first",
@@ -305,7 +322,7 @@ func kernelCommand() *cobra.Command {
 				}
 				w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
 				for _, k := range list {
-					fmt.Fprintf(w, "%s\t%s\t%s\n", k.Name, map[bool]string{true: "imported", false: "host"}[k.Imported], k.Image)
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", k.Name, k.Arch, map[bool]string{true: "imported", false: "host"}[k.Imported], k.Image)
 				}
 				return w.Flush()
 			}})
@@ -319,7 +336,7 @@ func importError(err error) error {
 	if errors.As(err, &number) && number != syscall.ENOENT {
 		return err
 	}
-	return &adminapi.HintError{Err: err, Hint: "name a distribution's kernel package for x86-64 (Debian's linux-image-…-amd64.deb, Fedora's kernel-core-….rpm), or a folder with vmlinuz and its modules"}
+	return &adminapi.HintError{Err: err, Hint: "name a distribution's kernel package (Debian's linux-image-…-amd64.deb or …-arm64.deb, Fedora's kernel-core-….rpm), one with a static busybox (Debian's busybox-static), or a folder with vmlinuz and its modules"}
 }
 
 func setupCommand() *cobra.Command {

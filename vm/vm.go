@@ -42,6 +42,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"nbd/vm/fault"
 )
 
 // Generation counts the changes to the sandbox that can make the same builder
@@ -86,6 +88,8 @@ type Config struct {
 	Room func() error
 	// ColdBoot turns templates off.
 	ColdBoot bool
+	// Faults are what breaks builds on purpose; nil: nothing.
+	Faults *fault.Plan
 	// Logger takes what an operator acts on; default: discarded.
 	Logger *slog.Logger
 }
@@ -176,10 +180,10 @@ func New(cfg Config) (*Runner, error) {
 	if r.qemu, err = findQEMU(r.life, cfg.QEMU); err != nil {
 		return nil, err
 	}
-	if r.kernel, err = findKernel(cfg.StateDir, cfg.Kernel); err != nil {
+	if r.kernel, err = findKernel(cfg.StateDir, cfg.Kernel, r.arch); err != nil {
 		return nil, err
 	}
-	if r.shell, err = findShell(cfg.Busybox); err != nil {
+	if r.shell, err = findShell(cfg.StateDir, cfg.Busybox, r.arch); err != nil {
 		return nil, err
 	}
 	if err := os.MkdirAll(cfg.RuntimeDir, 0o700); err != nil {
@@ -190,6 +194,9 @@ func New(cfg Config) (*Runner, error) {
 	}
 	if inMemory(cfg.RuntimeDir) {
 		r.weak = append(r.weak, "scratch disks take memory from their builds: "+cfg.RuntimeDir+" is a tmpfs")
+	}
+	if cfg.Faults != nil {
+		r.weak = append(r.weak, "BUILDS ARE BROKEN ON PURPOSE, by --fault "+cfg.Faults.String())
 	}
 	if r.ids, err = newIDs(cfg.FirstUID, cfg.UIDs); err != nil {
 		r.weak = append(r.weak, "guests run under the server's own user id: "+err.Error())
