@@ -7,7 +7,6 @@ import (
 	"sync"
 
 	"nbd/nixproto"
-	"nbd/store"
 )
 
 // What an account brought by a key with store:write it vouches for: whoever
@@ -28,7 +27,7 @@ func (ss *session) vouch(info *nixproto.PathInfo) (*nixproto.PathInfo, error) {
 	if own, err := ss.Sight.Own(ss.ctx, info.Path); err != nil || !own {
 		return info, err
 	}
-	sig, err := ss.server.vouchers.sign(ss.server.store, ss, info)
+	sig, err := ss.server.vouchers.sign(ss, info)
 	if err != nil {
 		return nil, err
 	}
@@ -48,7 +47,7 @@ type vouchers struct {
 // takes some 250 bytes.
 const vouchersMax = 1 << 16
 
-func (v *vouchers) sign(st *store.Store, ss *session, info *nixproto.PathInfo) (string, error) {
+func (v *vouchers) sign(ss *session, info *nixproto.PathInfo) (string, error) {
 	fingerprint := info.Fingerprint()
 	id := sha256.Sum256([]byte(ss.Client.Account.PublicKey + " " + fingerprint))
 	v.mu.Lock()
@@ -60,7 +59,7 @@ func (v *vouchers) sign(st *store.Store, ss *session, info *nixproto.PathInfo) (
 	if ok {
 		return sig, nil
 	}
-	key, err := st.SigningKey(ss.ctx, ss.account())
+	key, err := ss.server.store.SigningKey(ss.ctx, ss.account())
 	if err != nil {
 		return "", err
 	}
