@@ -119,10 +119,32 @@ func (e *RefusedError) Hint() string {
 // Check reports why an address may not be reached, or nil. host is the name
 // that was resolved to it, "" if none was.
 func (r Rule) Check(host string, to netip.AddrPort) error {
-	if r.listed(host, to) {
+	if r.Lists(host, to) {
 		return nil
 	}
-	a := to.Addr()
+	return r.checkPublic(to.Addr())
+}
+
+// CheckHost is Check for an address of which no port is known yet: nil if there
+// is a port on which it may be reached.
+func (r Rule) CheckHost(host string, a netip.Addr) error {
+	a = a.Unmap().WithZone("")
+	host = hostKey(host)
+	listed := r.Lists(host, netip.AddrPortFrom(a, 0)) ||
+		slices.ContainsFunc(r.ports, func(p netip.AddrPort) bool { return p.Addr() == a })
+	for h := range r.hosts {
+		name, _, _ := strings.Cut(h, ":")
+		listed = listed || host != "" && name == host
+	}
+	if listed {
+		return nil
+	}
+	return r.checkPublic(a)
+}
+
+// checkPublic reports why an address is none that all may reach.
+func (r Rule) checkPublic(to netip.Addr) error {
+	a := to
 	if why := Special(a); why != "" {
 		return &RefusedError{a, why}
 	}
@@ -136,7 +158,7 @@ func (r Rule) Check(host string, to netip.AddrPort) error {
 	}
 	for {
 		if slices.Contains(mine, a.Unmap().WithZone("")) {
-			return &RefusedError{to.Addr(), "an address of this server"}
+			return &RefusedError{to, "an address of this server"}
 		}
 		inner, ok := embedded(a)
 		if !ok {
@@ -146,9 +168,9 @@ func (r Rule) Check(host string, to netip.AddrPort) error {
 	}
 }
 
-// listed reports whether the operator allowed it.
-func (r Rule) listed(host string, to netip.AddrPort) bool {
-	host = strings.ToLower(strings.TrimSuffix(host, "."))
+// Lists reports whether the operator allowed it, whatever it is.
+func (r Rule) Lists(host string, to netip.AddrPort) bool {
+	host = hostKey(host)
 	if host != "" && (r.hosts[host] || r.hosts[host+":"+strconv.Itoa(int(to.Port()))]) {
 		return true
 	}
@@ -158,6 +180,9 @@ func (r Rule) listed(host string, to netip.AddrPort) bool {
 	}
 	return slices.ContainsFunc(r.nets, func(p netip.Prefix) bool { return p.Contains(a) })
 }
+
+// hostKey is a name as rules have it.
+func hostKey(host string) string { return strings.ToLower(strings.TrimSuffix(host, ".")) }
 
 // Dialer returns a dialer for connections to host, which refuses addresses at
 // the moment it would connect to them.
