@@ -112,7 +112,7 @@ func (s *Store) addAccount(name string, keys []Key) (a Account, err error) {
 }
 
 // RemoveAccount ends an account: its keys and tokens, its settings, its view,
-// its uploaded logs. Its
+// its uploaded logs, and what is known of what its runs took. Its
 // builds stay on record; its id and name are not used again. ErrNotFound if
 // there is no such account.
 func (s *Store) RemoveAccount(ctx context.Context, a AccountID) error {
@@ -126,6 +126,9 @@ func (s *Store) RemoveAccount(ctx context.Context, a AccountID) error {
 			return err
 		}
 		if err := errors.Join(removeKeys(tx, a), removeTokens(tx, a), removeAccountSettings(tx, next, a)); err != nil {
+			return err
+		}
+		if err := removeRuns(tx, a); err != nil {
 			return err
 		}
 		return tx.Bucket(bucketViews).DeleteBucket(idKey(uint64(a)))

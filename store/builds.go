@@ -51,6 +51,7 @@ type Build struct {
 	CPUSystem   time.Duration `json:"cpuSystem,omitempty"`
 	CPUs        int           `json:"cpus,omitempty"`
 	MemoryMiB   int           `json:"memoryMiB,omitempty"`
+	DiskMiB     int           `json:"diskMiB,omitempty"`
 	PeakMemory  int64         `json:"peakMemory,omitempty"`  // bytes
 	PeakStorage int64         `json:"peakStorage,omitempty"` // bytes
 	LogSize     int64         `json:"logSize,omitempty"`     // bytes, uncompressed

@@ -44,6 +44,7 @@ type buildWrites struct {
 	mu      sync.Mutex // guards what follows; taken after Store.commitMu
 	pending map[BuildID]pendingBuild
 	ends    []End
+	runs    []runEnd
 	timer   *time.Timer // of the next flush; nil if none is due
 	due     time.Time
 	// asked and done count what was added to pending, and what of that is
@@ -202,7 +203,7 @@ func (s *Store) flushBuilds() error {
 func (s *Store) flushBuildsLocked(f func(tx *bolt.Tx) error) error {
 	w := &s.builds
 	w.mu.Lock()
-	builds, ends, asked := w.pending, w.ends, w.asked
+	builds, ends, runs, asked := w.pending, w.ends, w.runs, w.asked
 	// Readers find these until they are in the database.
 	list := slices.SortedFunc(maps.Values(builds), func(a, b pendingBuild) int { return int(int64(a.build.ID) - int64(b.build.ID)) })
 	if w.timer != nil {
@@ -225,6 +226,11 @@ func (s *Store) flushBuildsLocked(f func(tx *bolt.Tx) error) error {
 				return err
 			}
 		}
+		for i := range runs {
+			if err := putRun(tx, &runs[i]); err != nil {
+				return err
+			}
+		}
 		return f(tx)
 	})
 	if err != nil {
@@ -238,7 +244,7 @@ func (s *Store) flushBuildsLocked(f func(tx *bolt.Tx) error) error {
 			delete(w.pending, id)
 		}
 	}
-	w.ends = slices.Clone(w.ends[len(ends):])
+	w.ends, w.runs = slices.Clone(w.ends[len(ends):]), slices.Clone(w.runs[len(runs):])
 	w.done = asked
 	return nil
 }

@@ -53,6 +53,9 @@ var (
 	bucketRecipes = []byte("recipes")
 	// usage: account id, month → Usage.
 	bucketUsage = []byte("usage")
+	// history: account id → the bucket of its runs: hash of system and package,
+	// version → Run.
+	bucketHistory = []byte("history")
 )
 
 // The buckets of a view. Store paths are written as base names. There is no
@@ -95,7 +98,7 @@ func initSchema(tx *bolt.Tx) error {
 		}
 	}
 	for _, name := range [][]byte{bucketAccounts, bucketNames, bucketKeys, bucketSettings, bucketTokens, bucketViews, bucketSigned, bucketBlobs,
-		bucketBuilds, bucketBuildIndex, bucketLive, bucketResults, bucketRecipes, bucketUsage} {
+		bucketBuilds, bucketBuildIndex, bucketLive, bucketResults, bucketRecipes, bucketUsage, bucketHistory} {
 		if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 			return err
 		}
