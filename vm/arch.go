@@ -61,6 +61,14 @@ func hostArch() (*arch, error) {
 	return nil, fmt.Errorf("guests are not known for the processors of this machine (%s)", runtime.GOARCH)
 }
 
+// hostArchName is the name of hostArch, or else "".
+func hostArchName() string {
+	if a, err := hostArch(); err == nil {
+		return a.name
+	}
+	return ""
+}
+
 // archOf returns the one whose guests build for a system, nil if there is none.
 func archOf(system string) *arch {
 	for _, a := range arches {

@@ -49,7 +49,7 @@ var testState = sync.OnceValues(func() (string, error) {
 	}
 	testStateDir = dir
 	if from := os.Getenv("NBD_TEST_KERNEL"); from != "" {
-		if _, err := ImportKernel(dir, from); err != nil {
+		if _, err := Import(dir, from); err != nil {
 			return "", err
 		}
 	}

@@ -3,13 +3,16 @@ package vm
 import (
 	"archive/tar"
 	"bufio"
+	"debug/elf"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -18,36 +21,64 @@ import (
 // distribution's full kernel has less than half a gibibyte.
 const maxKernelFiles = 4 << 30
 
-// ImportKernel takes a kernel out of a distribution's package (.deb, .rpm), or
-// of a folder that holds packages, a kernel image, or both, with the modules
-// anywhere in it. It keeps the kernel in stateDir and returns it. A kernel of
-// the same name is replaced.
-func ImportKernel(stateDir, from string) (_ Kernel, err error) {
+// An Imported tells what an import brought.
+type Imported struct {
+	// Kernel has no name if there was none.
+	Kernel Kernel
+	// Shell is the architecture of the busybox that builds see as /bin/sh; ""
+	// if there was none.
+	Shell string
+}
+
+// String tells it in words.
+func (i Imported) String() string {
+	var parts []string
+	if i.Kernel.Name != "" {
+		parts = append(parts, i.Kernel.Name)
+	}
+	if i.Shell != "" {
+		parts = append(parts, "busybox for "+i.Shell)
+	}
+	return strings.Join(parts, " and ")
+}
+
+// Import takes what guests need out of a distribution's package (.deb, .rpm), or
+// of a folder that holds packages or what was in them: a kernel image with its
+// modules, anywhere in it, a static busybox, or both. It keeps them in stateDir;
+// of each there is one under a name, the last.
+func Import(stateDir, from string) (_ Imported, err error) {
 	dir := filepath.Join(stateDir, kernelsDir)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return Kernel{}, fmt.Errorf("import kernel: %w", err)
+		return Imported{}, fmt.Errorf("import: %w", err)
 	}
 	temp, err := os.MkdirTemp(dir, ".import-*")
 	if err != nil {
-		return Kernel{}, fmt.Errorf("import kernel: %w", err)
+		return Imported{}, fmt.Errorf("import: %w", err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
 	im := &importer{dir: temp, left: maxKernelFiles}
 	if err := im.take(from); err != nil {
-		return Kernel{}, fmt.Errorf("import kernel from %s: %w", from, err)
+		return Imported{}, fmt.Errorf("import from %s: %w", from, err)
+	}
+	if im.image == nil && im.modules == 0 && im.shell {
+		shell, err := im.keepShell(stateDir)
+		return Imported{Shell: shell}, err
 	}
 	name, err := im.finish()
 	if err != nil {
-		return Kernel{}, fmt.Errorf("import kernel from %s: %w", from, err)
+		return Imported{}, fmt.Errorf("import from %s: %w", from, err)
 	}
-	at := filepath.Join(dir, name)
-	if err := replaceDir(temp, at); err != nil {
-		return Kernel{}, fmt.Errorf("import kernel: %w", err)
+	var got Imported
+	if im.shell {
+		if got.Shell, err = im.keepShell(stateDir); err != nil {
+			return Imported{}, err
+		}
 	}
-	return Kernel{
-		Name: name, Imported: true,
-		Image: filepath.Join(at, importedImage), Modules: filepath.Join(at, importedFiles),
-	}, nil
+	if err := replaceDir(temp, filepath.Join(dir, name)); err != nil {
+		return Imported{}, fmt.Errorf("import: %w", err)
+	}
+	got.Kernel = importedKernel(dir, name)
+	return got, nil
 }
 
 // replaceDir puts the folder temp in the place of at, which may exist. temp's
@@ -66,9 +97,11 @@ func replaceDir(temp, at string) error {
 // An importer collects the files of one kernel in a folder.
 type importer struct {
 	dir     string
-	left    int64 // bytes that may still be taken
-	release string
+	left    int64  // bytes that may still be taken
+	image   *arch  // nil before there is one
+	release string // as the image tells it, "" if it does not
 	modules int
+	shell   bool // a busybox was taken
 }
 
 // take takes what is in a package, an image or a folder.
@@ -149,22 +182,46 @@ func (im *importer) member(name string, r io.Reader) error {
 		im.modules++
 		return im.write(filepath.Join(importedFiles, base), r)
 	}
-	if !strings.HasPrefix(base, "vmlinuz") && base != "bzImage" && base != "kernel" {
+	if base == importedShell {
+		return im.takeShell(r)
+	}
+	if !strings.HasPrefix(base, "vmlinuz") && base != "bzImage" && base != "Image" && base != "kernel" {
 		return nil
 	}
-	b := bufio.NewReaderSize(r, bzImageHead)
-	head, err := b.Peek(bzImageHead)
-	if err != nil && err != io.EOF {
+	return im.takeImage(name, r)
+}
+
+// takeShell takes a busybox, and leaves what else has its name, such as what a
+// package tells of it.
+func (im *importer) takeShell(r io.Reader) error {
+	b := bufio.NewReader(r)
+	if magic, err := b.Peek(len(elf.ELFMAG)); err == io.EOF || err == nil && string(magic) != elf.ELFMAG {
+		return nil
+	} else if err != nil {
 		return err
 	}
-	release, err := bzImageRelease(head)
+	im.shell = true
+	return im.write(importedShell, b)
+}
+
+// takeImage takes a kernel image.
+func (im *importer) takeImage(name string, r io.Reader) error {
+	b, err := plainImage(r)
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	if im.release != "" && im.release != release {
-		return fmt.Errorf("there are several kernels: %s and %s", im.release, release)
+	head, err := b.Peek(imageHead)
+	if err != nil && err != io.EOF {
+		return fmt.Errorf("%s: %w", name, err)
 	}
-	im.release = release
+	a, release, err := identifyImage(head)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	if im.image != nil && (im.image != a || im.release != release) {
+		return fmt.Errorf("there are several kernels: %s is not the only one", name)
+	}
+	im.image, im.release = a, release
 	return im.write(importedImage, b)
 }
 
@@ -189,18 +246,90 @@ func (im *importer) write(name string, r io.Reader) error {
 	return nil
 }
 
-// finish checks that everything is there and returns the kernel's name.
+// finish checks that everything of a kernel is there and returns its name: the
+// release, and the architecture if that does not tell it and is not x86-64.
 func (im *importer) finish() (string, error) {
-	if im.release == "" {
+	if im.image == nil {
 		return "", errors.New("there is no kernel image (vmlinuz) in it")
 	}
 	if im.modules == 0 {
 		return "", errors.New("there are no kernel modules (.ko) in it; packages that are split go into one folder: nbd kernel import DIR")
 	}
-	if _, err := loadModules(filepath.Join(im.dir, importedFiles), guestModules); err != nil {
+	modules := filepath.Join(im.dir, importedFiles)
+	if _, err := loadModules(modules, guestModules); err != nil {
 		return "", err
 	}
-	return im.release, os.Chmod(im.dir, 0o755)
+	release, err := im.checkModules(modules)
+	if err != nil {
+		return "", err
+	}
+	if im.image != archX8664 && !im.image.named(release) {
+		release += "-" + im.image.name
+	}
+	return release, os.Chmod(im.dir, 0o755)
+}
+
+// checkModules sees by one module that they are for the image, and returns the
+// release of both.
+func (im *importer) checkModules(dir string) (string, error) {
+	files, err := moduleFiles(dir)
+	if err != nil {
+		return "", err
+	}
+	name := slices.Min(slices.Collect(maps.Keys(files)))
+	data, err := readModule(files[name])
+	if err != nil {
+		return "", fmt.Errorf("kernel module %s: %w", name, err)
+	}
+	release, machine, err := moduleRelease(data)
+	if err != nil {
+		return "", fmt.Errorf("kernel module %s: %w", name, err)
+	}
+	if machine != im.image.elf {
+		return "", fmt.Errorf("the kernel is for %s, and its modules are for another machine (%v)", im.image.name, machine)
+	}
+	if im.release != "" {
+		return im.release, nil
+	}
+	return release, checkKernelName(release)
+}
+
+// keepShell moves the busybox to its place and returns its architecture.
+func (im *importer) keepShell(stateDir string) (string, error) {
+	from := filepath.Join(im.dir, importedShell)
+	a, err := archOfProgram(from)
+	if err != nil {
+		return "", fmt.Errorf("import busybox: %w", err)
+	}
+	to := shellPath(stateDir, a)
+	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
+		return "", fmt.Errorf("import busybox: %w", err)
+	}
+	if err := errors.Join(os.Chmod(from, 0o755), os.Rename(from, to)); err != nil {
+		return "", fmt.Errorf("import busybox: %w", err)
+	}
+	return a.name, nil
+}
+
+// archOfProgram returns for which architecture a static program is.
+func archOfProgram(path string) (*arch, error) {
+	static, err := isStatic(path)
+	if err != nil {
+		return nil, err
+	}
+	if !static {
+		return nil, errors.New("it is not statically linked (Debian: the package busybox-static)")
+	}
+	f, err := elf.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	a := archOfELF(f.Machine)
+	if a == nil {
+		return nil, fmt.Errorf("it is for a machine (%v) of which there are no guests", f.Machine)
+	}
+	return a, nil
 }
 
 // readDeb calls take for each regular file of a Debian package: an ar archive

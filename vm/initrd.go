@@ -226,9 +226,30 @@ var shellPlaces = []string{
 	"/usr/lib/initcpio/busybox", "/run/current-system/sw/bin/busybox",
 }
 
-// findShell returns the static shell for the sandbox.
-func findShell(configured string) (string, error) {
-	places := shellPlaces
+// Imported shells lie in the state directory, each in a folder of its
+// architecture.
+const (
+	shellsDir     = "shells"
+	importedShell = "busybox"
+)
+
+// shellPath is where the imported shell for an architecture lies, if there is one.
+func shellPath(stateDir string, a *arch) string {
+	return filepath.Join(stateDir, shellsDir, a.name, importedShell)
+}
+
+// findShell returns the static shell for the sandbox of guests of an
+// architecture. What is configured, and what the host has, is for the host's.
+func findShell(stateDir, configured string, a *arch) (string, error) {
+	imported := shellPath(stateDir, a)
+	if a.name != hostArchName() {
+		if _, err := os.Stat(imported); err == nil {
+			return imported, nil
+		}
+		return "", &MissingError{What: "no static busybox for " + a.name + " was found, which builds see as /bin/sh",
+			Hint: fmt.Sprintf("take a distribution's package of one, such as Debian's busybox-static_…_%s.deb, and nbd kernel import FILE", a.goarch)}
+	}
+	places := append([]string{imported}, shellPlaces...)
 	if configured != "" {
 		places = []string{configured}
 	}

@@ -58,7 +58,7 @@ func TestFindShell(t *testing.T) {
 		{dynamic, "not statically linked"},
 		{"/nonexistent/busybox", "there is no busybox /nonexistent/busybox"},
 	} {
-		_, err := findShell(tt.configured)
+		_, err := findShell(t.TempDir(), tt.configured, archX8664)
 		var missing *MissingError
 		if !errors.As(err, &missing) || !strings.Contains(err.Error(), tt.want) || !strings.Contains(missing.Hint, "apt install busybox-static") {
 			t.Errorf("%s: %v", tt.configured, err)

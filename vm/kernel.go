@@ -1,9 +1,7 @@
 package vm
 
 import (
-	"bytes"
 	"cmp"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +15,8 @@ import (
 type Kernel struct {
 	// Name is the kernel release, for example 6.1.0-56-cloud-amd64.
 	Name string `json:"name"`
+	// Arch is the architecture that it is for, as uname -m tells it.
+	Arch string `json:"arch"`
 	// Image is the path of the bzImage, Modules that of the folder in and
 	// below which its modules lie.
 	Image   string `json:"image"`
@@ -52,15 +52,24 @@ func importedKernels(stateDir string) ([]Kernel, error) {
 	var list []Kernel
 	for _, e := range entries {
 		if e.IsDir() && checkKernelName(e.Name()) == nil {
-			at := filepath.Join(dir, e.Name())
-			list = append(list, Kernel{
-				Name: e.Name(), Imported: true,
-				Image: filepath.Join(at, importedImage), Modules: filepath.Join(at, importedFiles),
-			})
+			list = append(list, importedKernel(dir, e.Name()))
 		}
 	}
 	newestFirst(list)
 	return list, nil
+}
+
+// importedKernel returns what lies below dir under a name.
+func importedKernel(dir, name string) Kernel {
+	k := Kernel{
+		Name: name, Imported: true, Arch: archX8664.name,
+		Image: filepath.Join(dir, name, importedImage), Modules: filepath.Join(dir, name, importedFiles),
+	}
+	// One that cannot be read is told of where it is to be used.
+	if a, _, err := imageAt(k.Image); err == nil {
+		k.Arch = a.name
+	}
+	return k
 }
 
 // hostKernels finds the installed kernels of the distributions below root:
@@ -73,7 +82,7 @@ func hostKernels(root string) []Kernel {
 		name := filepath.Base(modules)
 		if info, err := os.Stat(image); err == nil && info.Mode().IsRegular() && !seen[name] {
 			seen[name] = true
-			list = append(list, Kernel{Name: name, Image: image, Modules: modules})
+			list = append(list, Kernel{Name: name, Arch: hostArchName(), Image: image, Modules: modules})
 		}
 	}
 	for _, base := range []string{"lib/modules", "usr/lib/modules"} {
@@ -136,18 +145,25 @@ func compareVersions(a, b string) int {
 // digits returns how many digits s starts with.
 func digits(s string) int { return len(s) - len(strings.TrimLeft(s, "0123456789")) }
 
-// findKernel returns the kernel that Config.Kernel asks for.
-func findKernel(stateDir, want string) (Kernel, error) {
+// findKernel returns the kernel for guests of an architecture that Config.Kernel
+// asks for, which counts for the architecture of the kernel that it names.
+func findKernel(stateDir, want string, a *arch) (Kernel, error) {
 	if strings.Contains(want, "/") {
-		return kernelAt(want)
+		if a.name == hostArchName() {
+			return kernelAt(want, a)
+		}
+		want = ""
 	}
 	list, err := Kernels(stateDir)
 	if err != nil {
 		return Kernel{}, err
 	}
+	if slices.ContainsFunc(list, func(k Kernel) bool { return k.Name == want && k.Arch != a.name }) {
+		want = ""
+	}
 	var unreadable error
 	for _, k := range list {
-		if want != "" && k.Name != want {
+		if k.Arch != a.name || want != "" && k.Name != want {
 			continue
 		}
 		f, err := os.Open(k.Image)
@@ -156,25 +172,39 @@ func findKernel(stateDir, want string) (Kernel, error) {
 		}
 		unreadable = err
 	}
-	what := "no kernel for guests was found"
+	what := "no kernel for " + a.name + " guests was found"
 	if want != "" {
 		what = "there is no kernel named " + want
 	}
 	if unreadable != nil {
 		what = fmt.Sprintf("the kernel for guests cannot be read: %v", unreadable)
 	}
-	return Kernel{}, &MissingError{What: what, Hint: "Debian: apt install linux-image-cloud-amd64; or, with nothing installed, take its package with apt-get download and nbd kernel import FILE"}
+	return Kernel{}, &MissingError{What: what, Hint: a.kernelHint()}
+}
+
+// kernelHint says how to get a kernel.
+func (a *arch) kernelHint() string {
+	if a.name != hostArchName() {
+		return fmt.Sprintf("take a distribution's package of one, which need not fit this machine, such as Debian's linux-image-…-cloud-%s.deb, and nbd kernel import FILE", a.goarch)
+	}
+	return fmt.Sprintf("Debian: apt install linux-image-cloud-%s; or, with nothing installed, take its package with apt-get download and nbd kernel import FILE", a.goarch)
 }
 
 // kernelAt returns the kernel at a path, with the modules of its release.
-func kernelAt(image string) (Kernel, error) {
-	release, err := imageRelease(image)
+func kernelAt(image string, a *arch) (Kernel, error) {
+	of, release, err := imageAt(image)
 	if err != nil {
 		return Kernel{}, err
 	}
+	if of != a {
+		return Kernel{}, fmt.Errorf("the kernel %s is for %s and not for %s", image, of.name, a.name)
+	}
+	if release == "" {
+		release = strings.TrimPrefix(filepath.Base(image), "vmlinuz-")
+	}
 	for _, dir := range []string{"/lib/modules", "/usr/lib/modules", "/run/booted-system/kernel-modules/lib/modules"} {
 		if at := filepath.Join(dir, release); isDir(at) {
-			return Kernel{Name: release, Image: image, Modules: at}, nil
+			return Kernel{Name: release, Arch: a.name, Image: image, Modules: at}, nil
 		}
 	}
 	return Kernel{}, &MissingError{
@@ -183,50 +213,22 @@ func kernelAt(image string) (Kernel, error) {
 	}
 }
 
-// imageRelease returns the release of the kernel image at path.
-func imageRelease(path string) (string, error) {
+// imageAt identifies the kernel image at path.
+func imageAt(path string) (*arch, string, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return "", fmt.Errorf("open kernel: %w", err)
+		return nil, "", fmt.Errorf("open kernel: %w", err)
 	}
 	defer f.Close()
-	head, err := io.ReadAll(io.LimitReader(f, bzImageHead))
+	head, err := io.ReadAll(io.LimitReader(f, imageHead))
 	if err != nil {
-		return "", fmt.Errorf("read kernel %s: %w", path, err)
+		return nil, "", fmt.Errorf("read kernel %s: %w", path, err)
 	}
-	release, err := bzImageRelease(head)
+	a, release, err := identifyImage(head)
 	if err != nil {
-		return "", fmt.Errorf("read kernel %s: %w", path, err)
+		return nil, "", fmt.Errorf("read kernel %s: %w", path, err)
 	}
-	return release, nil
-}
-
-// bzImageHead is how many bytes of an image bzImageRelease wants to see: the
-// version text lies in the setup code, of at most 64 sectors.
-const bzImageHead = 64 << 10
-
-// bzImageRelease returns the kernel's release as told in the first bytes of a
-// bzImage. The format is that of the x86 boot protocol
-// (Documentation/arch/x86/boot.rst): boot flag at 0x1fe, "HdrS" at 0x202, and
-// at 0x20e the offset, less 0x200, of a text that starts with the release.
-func bzImageRelease(head []byte) (string, error) {
-	if len(head) < 0x210 || head[0x1fe] != 0x55 || head[0x1ff] != 0xaa || string(head[0x202:0x206]) != "HdrS" {
-		return "", errors.New("not an x86 kernel image (bzImage)")
-	}
-	at := int(binary.LittleEndian.Uint16(head[0x20e:])) + 0x200
-	if at == 0x200 || at >= len(head) {
-		return "", errors.New("kernel image does not tell its version")
-	}
-	text := head[at:min(at+128, len(head))]
-	end := bytes.IndexAny(text, " \x00")
-	if end < 0 {
-		return "", errors.New("kernel image does not tell its version")
-	}
-	name := string(text[:end])
-	if err := checkKernelName(name); err != nil {
-		return "", err
-	}
-	return name, nil
+	return a, release, nil
 }
 
 // checkKernelName refuses releases that are not fit for a file name.

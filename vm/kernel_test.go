@@ -22,13 +22,15 @@ import (
 )
 
 // koFile returns a kernel module that holds nothing but its .modinfo.
-func koFile(info ...string) []byte {
+func koFile(info ...string) []byte { return koFileFor(elf.EM_X86_64, info...) }
+
+func koFileFor(machine elf.Machine, info ...string) []byte {
 	modinfo := []byte(strings.Join(info, "\x00") + "\x00")
 	names := []byte("\x00.modinfo\x00.shstrtab\x00")
 	var b bytes.Buffer
 	const head, section = 64, 64
 	put := func(v any) { binary.Write(&b, binary.LittleEndian, v) }
-	h := elf.Header64{Type: uint16(elf.ET_REL), Machine: uint16(elf.EM_X86_64), Version: 1,
+	h := elf.Header64{Type: uint16(elf.ET_REL), Machine: uint16(machine), Version: 1,
 		Shoff: uint64(head + len(modinfo) + len(names)), Ehsize: head, Shentsize: section, Shnum: 3, Shstrndx: 2}
 	copy(h.Ident[:], "\x7fELF\x02\x01\x01")
 	put(h)
@@ -47,6 +49,33 @@ func bzImage(release string) []byte {
 	copy(b[0x202:], "HdrS")
 	binary.LittleEndian.PutUint16(b[0x20e:], 0x100)
 	copy(b[0x300:], release+" (someone@somewhere) #1 SMP")
+	return b
+}
+
+// arm64Image returns the start of a kernel image for aarch64.
+func arm64Image() []byte {
+	b := make([]byte, 0x400)
+	copy(b, "MZ")
+	copy(b[56:], "ARM\x64")
+	return b
+}
+
+// zbootImage returns a kernel image in an EFI program that unpacks it.
+func zbootImage(t testing.TB, compression, ext string, image []byte) []byte {
+	b := make([]byte, 0x100)
+	copy(b, "MZ\x00\x00zimg")
+	packed := compress(t, ext, image)
+	binary.LittleEndian.PutUint32(b[8:], uint32(len(b)))
+	binary.LittleEndian.PutUint32(b[12:], uint32(len(packed)))
+	copy(b[24:], compression+"\x00")
+	copy(b[56:], "\xcd\x23\x82\x81") // what loaders look at there
+	return append(append(b, packed...), "what is signed"...)
+}
+
+// elfProgram returns the start of a static program.
+func elfProgram(machine elf.Machine) []byte {
+	b := koFileFor(machine)
+	binary.LittleEndian.PutUint16(b[16:], uint16(elf.ET_EXEC))
 	return b
 }
 
@@ -217,7 +246,7 @@ func rpmFile(t testing.TB, ext string, files map[string][]byte) []byte {
 	return append(b, compress(t, ext, archive.Bytes())...)
 }
 
-func TestImportKernel(t *testing.T) {
+func TestImport(t *testing.T) {
 	const release = "6.1.0-56-cloud-amd64"
 	files := kernelFiles(release, "", t)
 	image, modules := map[string][]byte{}, map[string][]byte{}
@@ -247,24 +276,25 @@ func TestImportKernel(t *testing.T) {
 			from, state := t.TempDir(), t.TempDir()
 			writeFiles(t, from, tt.files)
 			for range 2 { // the second replaces the first
-				k, err := ImportKernel(state, filepath.Join(from, tt.from))
+				got, err := Import(state, filepath.Join(from, tt.from))
 				if err != nil {
 					t.Fatal(err)
 				}
+				k := got.Kernel
 				if k.Name != release || !k.Imported {
 					t.Errorf("imported %+v", k)
 				}
 				if _, err := loadModules(k.Modules, guestModules); err != nil {
 					t.Error(err)
 				}
-				if got, err := imageRelease(k.Image); err != nil || got != release {
+				if of, got, err := imageAt(k.Image); err != nil || got != release || of != archX8664 {
 					t.Errorf("image %q, %v", got, err)
 				}
 				list, err := Kernels(state)
 				if err != nil || len(list) < 1 || list[0] != k {
 					t.Errorf("list: %+v, %v", list, err)
 				}
-				if found, err := findKernel(state, release); err != nil || found != k {
+				if found, err := findKernel(state, release, archX8664); err != nil || found != k {
 					t.Errorf("find: %+v, %v", found, err)
 				}
 			}
@@ -276,7 +306,75 @@ func TestImportKernel(t *testing.T) {
 	}
 }
 
-func TestImportKernelRefused(t *testing.T) {
+// A kernel for aarch64 does not tell its release, its modules do; its image comes
+// in several wrappings.
+func TestImportAArch64(t *testing.T) {
+	const debian = "6.1.0-50-cloud-arm64"
+	for _, tt := range []struct {
+		name, release, want string
+		image               []byte
+	}{
+		{"plain", debian, debian, arm64Image()},
+		{"gzip", debian, debian, compress(t, ".gz", arm64Image())},
+		{"EFI, zstd", debian, debian, zbootImage(t, "zstd22", ".zst", arm64Image())},
+		{"EFI, gzip", debian, debian, zbootImage(t, "gzip", ".gz", arm64Image())},
+		{"NixOS", "6.12.8", "6.12.8-aarch64", arm64Image()},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			from, state := t.TempDir(), t.TempDir()
+			writeFiles(t, from, map[string][]byte{
+				"Image": tt.image, "erofs.ko": koFileFor(elf.EM_AARCH64, "vermagic="+tt.release+" SMP aarch64"),
+				"bin/busybox": elfProgram(elf.EM_AARCH64), "share/busybox": []byte("not a program"),
+			})
+			got, err := Import(state, from)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got.Kernel.Name != tt.want || got.Kernel.Arch != "aarch64" || got.Shell != "aarch64" {
+				t.Errorf("imported %+v", got)
+			}
+			if image, err := os.ReadFile(got.Kernel.Image); err != nil || !bytes.Equal(image, arm64Image()) {
+				t.Errorf("image %.80q, %v", image, err)
+			}
+			if k, err := findKernel(state, "", archAArch64); err != nil || k != got.Kernel {
+				t.Errorf("found %+v, %v", k, err)
+			}
+			// What names this kernel asks for no other one of the host's.
+			if k, err := findKernel(state, tt.want, archX8664); err == nil && k.Arch != "x86_64" {
+				t.Errorf("found %+v for x86_64", k)
+			}
+			if path, err := findShell(state, "", archAArch64); err != nil || path != shellPath(state, archAArch64) {
+				t.Errorf("shell %q, %v", path, err)
+			}
+		})
+	}
+}
+
+func TestImportShellAlone(t *testing.T) {
+	dynamic := elfProgram(elf.EM_AARCH64)
+	for _, tt := range []struct {
+		data       []byte
+		want, fail string
+	}{
+		{elfProgram(elf.EM_X86_64), "x86_64", ""},
+		{elfProgram(elf.EM_RISCV), "", "EM_RISCV"},
+		{dynamic[:40], "", "import busybox"},
+		{[]byte("#!/bin/sh"), "", "no kernel image"},
+	} {
+		from, state := filepath.Join(t.TempDir(), "b.deb"), t.TempDir()
+		writeFiles(t, filepath.Dir(from), map[string][]byte{"b.deb": debFile(t, ".xz", map[string][]byte{"bin/busybox": tt.data})})
+		got, err := Import(state, from)
+		if tt.fail != "" {
+			if err == nil || !strings.Contains(err.Error(), tt.fail) {
+				t.Errorf("%v, want %q", err, tt.fail)
+			}
+		} else if err != nil || got.Shell != tt.want || got.Kernel.Name != "" {
+			t.Errorf("%+v, %v", got, err)
+		}
+	}
+}
+
+func TestImportRefused(t *testing.T) {
 	good := kernelFiles("6.1.0", "", t)
 	two := kernelFiles("6.1.0", "", t)
 	two["boot/vmlinuz-6.12.0"] = bzImage("6.12.0")
@@ -295,14 +393,18 @@ func TestImportKernelRefused(t *testing.T) {
 		{"two kernels", "k.deb", debFile(t, "", two), "several kernels"},
 		{"evil release", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": bzImage("6/../../x")}), "bad kernel release"},
 		{"hidden release", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": bzImage("..")}), "bad kernel release"},
-		{"not an image", "vmlinuz", []byte("hello"), "not an x86 kernel image"},
+		{"modules for another machine", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": bzImage("6.1.0"), "a.ko": koFileFor(elf.EM_AARCH64)}), "another machine"},
+		{"modules that do not tell", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": arm64Image(), "a.ko": koFileFor(elf.EM_AARCH64)}), "bad kernel release"},
+		{"modules that lie", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": arm64Image(), "a.ko": koFileFor(elf.EM_AARCH64, "vermagic=../x SMP")}), "bad kernel release"},
+		{"unknown compression", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": zbootImage(t, "lzo", "", arm64Image())}), "compressed by"},
+		{"not an image", "vmlinuz", []byte("hello"), "not a kernel image"},
 	} {
 		t.Run(tt.name+" "+tt.file, func(t *testing.T) {
 			from, state := filepath.Join(t.TempDir(), tt.file), t.TempDir()
 			if err := os.WriteFile(from, tt.data, 0o644); err != nil {
 				t.Fatal(err)
 			}
-			_, err := ImportKernel(state, from)
+			_, err := Import(state, from)
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Fatalf("got %v, want %q", err, tt.want)
 			}
@@ -314,16 +416,17 @@ func TestImportKernelRefused(t *testing.T) {
 }
 
 // Names in a package lead nowhere.
-func TestImportKernelKeepsInside(t *testing.T) {
+func TestImportKeepsInside(t *testing.T) {
 	files := kernelFiles("6.1.0", "", t)
 	files["../../../../evil.ko"] = koFile()
 	dir := t.TempDir()
 	from, state := filepath.Join(dir, "k.deb"), filepath.Join(dir, "a/b/state")
 	writeFiles(t, dir, map[string][]byte{"k.deb": debFile(t, "", files)})
-	k, err := ImportKernel(state, from)
+	got, err := Import(state, from)
 	if err != nil {
 		t.Fatal(err)
 	}
+	k := got.Kernel
 	if _, err := os.Stat(filepath.Join(k.Modules, "evil.ko")); err != nil {
 		t.Error(err)
 	}
@@ -362,7 +465,7 @@ func TestHostKernels(t *testing.T) {
 }
 
 func TestFindKernelMissing(t *testing.T) {
-	_, err := findKernel(t.TempDir(), "6.99-nowhere")
+	_, err := findKernel(t.TempDir(), "6.99-nowhere", archX8664)
 	var missing *MissingError
 	if !errors.As(err, &missing) || !strings.Contains(err.Error(), "6.99-nowhere") || !strings.Contains(err.Error(), "nbd kernel import") {
 		t.Errorf("got %v", err)
@@ -417,11 +520,20 @@ func FuzzImportRPM(f *testing.F) {
 	})
 }
 
-func FuzzBzImage(f *testing.F) {
+func FuzzKernelImage(f *testing.F) {
 	f.Add(bzImage("6.1.0-56-cloud-amd64"))
 	f.Add(bzImage("../x"))
+	f.Add(zbootImage(f, "zstd", ".zst", bzImage("6.1.0")))
+	f.Add(arm64Image())
 	f.Fuzz(func(t *testing.T, head []byte) {
-		name, err := bzImageRelease(head)
+		b, err := plainImage(bytes.NewReader(head))
+		if err != nil {
+			return
+		}
+		if head, err = io.ReadAll(io.LimitReader(b, imageHead)); err != nil {
+			return
+		}
+		_, name, err := identifyImage(head)
 		if err == nil && (strings.ContainsAny(name, "/\x00") || strings.HasPrefix(name, ".")) {
 			t.Errorf("release %q", name)
 		}

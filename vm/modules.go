@@ -20,7 +20,7 @@ import (
 // modules; what a kernel has built in is not found and not missed. The order is
 // that of need: transport first, since without a console nothing is told.
 var guestModules = []string{
-	"virtio_pci", "virtio_console", "virtio_blk", "virtio_rng",
+	"virtio_pci", "virtio_console", "virtio_blk", "virtio_rng", "virtio_net",
 	"erofs", "ext4", "overlay", "pvpanic_pci",
 }
 
@@ -186,26 +186,51 @@ func decompressor(r io.Reader, ext string) (io.Reader, error) {
 }
 
 // moduleNeeds returns the names of the modules that must be loaded before the
-// given one: its dependencies, and what its soft dependencies ask for first. The
-// format is that of the kernel's MODULE_INFO: NUL-terminated "key=value" strings
-// in the section .modinfo.
+// given one: its dependencies, and what its soft dependencies ask for first.
 func moduleNeeds(data []byte) ([]string, error) {
-	f, err := elf.NewFile(bytes.NewReader(data))
+	info, _, err := modinfo(data)
 	if err != nil {
 		return nil, err
 	}
+	return parseModinfo(info), nil
+}
+
+// moduleRelease returns the release of the kernel that a module was built for,
+// "" if it does not tell, and the machine.
+func moduleRelease(data []byte) (string, elf.Machine, error) {
+	info, machine, err := modinfo(data)
+	if err != nil {
+		return "", 0, err
+	}
+	for entry := range strings.SplitSeq(string(info), "\x00") {
+		if magic, ok := strings.CutPrefix(entry, "vermagic="); ok {
+			release, _, _ := strings.Cut(magic, " ")
+			return release, machine, nil
+		}
+	}
+	return "", machine, nil
+}
+
+// modinfo returns what a module tells of itself. The format is that of the
+// kernel's MODULE_INFO: NUL-terminated "key=value" strings in the section
+// .modinfo.
+func modinfo(data []byte) ([]byte, elf.Machine, error) {
+	f, err := elf.NewFile(bytes.NewReader(data))
+	if err != nil {
+		return nil, 0, err
+	}
 	s := f.Section(".modinfo")
 	if s == nil {
-		return nil, errors.New("no .modinfo section")
+		return nil, 0, errors.New("no .modinfo section")
 	}
 	if s.Size > uint64(len(data)) {
-		return nil, errors.New(".modinfo section is larger than the file")
+		return nil, 0, errors.New(".modinfo section is larger than the file")
 	}
 	info, err := s.Data()
 	if err != nil {
-		return nil, fmt.Errorf("read .modinfo: %w", err)
+		return nil, 0, fmt.Errorf("read .modinfo: %w", err)
 	}
-	return parseModinfo(info), nil
+	return info, f.Machine, nil
 }
 
 // parseModinfo returns the needs told in the contents of .modinfo, soft ones
