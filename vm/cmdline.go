@@ -22,6 +22,7 @@ const (
 	fdLog
 	fdInputs
 	fdSink
+	fdNetwork // only of guests with a network
 )
 
 // tbSizeMiB caps the translation cache of TCG, whose default is a gibibyte.
@@ -89,6 +90,7 @@ func arguments(m machine, how mode) []string {
 		"-blockdev", socketDisk(link.InputSerial, fdInputs)+",read-only=on", "-device", blockDevice(link.InputSerial),
 		"-blockdev", fmt.Sprintf("driver=raw,node-name=%s,discard=unmap,detect-zeroes=unmap,cache.no-flush=on,file.driver=file,file.filename=%s", link.ScratchSerial, inherited(fdScratch)),
 		"-device", blockDevice(link.ScratchSerial),
+		"-device", "pcie-root-port,id="+netPort+",chassis=1,slot=1",
 		"-blockdev", socketDisk(link.OutputSerial, fdSink)+",read-only=off", "-device", blockDevice(link.OutputSerial),
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 	)

@@ -67,7 +67,7 @@ func (s *Spec) check() error {
 	case len(s.Outputs) == 0:
 		return errors.New("a build needs outputs")
 	}
-	return nil
+	return s.checkNetwork()
 }
 
 // A build is one Run.
@@ -103,7 +103,7 @@ func (b *build) start(ctx context.Context, outs Outputs) error {
 	if scratch == 0 {
 		scratch = DefaultScratchMiB
 	}
-	b.disks = guestDisks{inputs: NewDisk(), scratch: scratch, sink: NewSink(SinkConfig{
+	b.disks = guestDisks{inputs: NewDisk(), scratch: scratch, network: b.spec.Network, sink: NewSink(SinkConfig{
 		Outputs: len(b.spec.Outputs),
 		Limit:   b.r.cfg.MaxOutput,
 		Create:  func(i int) (OutputWriter, error) { return b.createOutput(ctx, outs, i) },
@@ -121,7 +121,12 @@ func (b *build) start(ctx context.Context, outs Outputs) error {
 	b.result.Restored, b.result.Booted = b.g.restored, time.Now()
 	b.faulty.proc.Store(b.g.proc)
 	b.faulty.at(fault.QEMUStart)
-	return <-bound
+	err = <-bound
+	if b.g.network != nil {
+		b.order.Network = b.g.network.Guest()
+		err = errors.Join(err, b.g.plugNetwork(ctx))
+	}
+	return err
 }
 
 // startGuest starts a guest from a template, or else from cold, and wakes it.
@@ -217,6 +222,10 @@ func (b *build) end(ctx context.Context, err error) error {
 		if cerr := b.g.close(); cerr != nil {
 			// The build is not to suffer for it, but an operator wants to know.
 			b.r.cfg.Logger.Error("remove guest", "build", b.spec.BuildID, "err", cerr)
+		}
+		if b.g.network != nil {
+			use := b.g.network.Use()
+			b.result.Network = &use
 		}
 	}
 	if b.pump != nil {

@@ -8,6 +8,7 @@ import (
 
 	"nbd/nixproto"
 	"nbd/nixproto/nar"
+	"nbd/vm/usernet"
 )
 
 // A Spec is one build as data: everything a guest needs to run it and nothing
@@ -25,6 +26,9 @@ type Spec struct {
 	Inputs []nixproto.PathInfo
 	// Outputs in the order in which the guest sends them.
 	Outputs []Output
+	// Network is what the build reaches; nil is nothing. Only a fixed output may
+	// have one.
+	Network *usernet.Config
 	// Cores is the number of CPUs that the build may use, at least 1.
 	Cores int
 	// MemoryMiB is the most memory the build's cgroup may use, page cache
@@ -109,6 +113,8 @@ type Result struct {
 	PeakMemory, PeakScratch int64
 	// Produced are the names of the outputs that were delivered, in order.
 	Produced []string
+	// Network is what a build with a network did with it.
+	Network *usernet.Use
 	// Restored reports that the guest came from a template, not a cold boot.
 	Restored bool
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nbd/vm/link"
+	"nbd/vm/usernet"
 )
 
 // How long things may take before a guest is given up, with hardware; emulated
@@ -56,6 +57,7 @@ type guestVM struct {
 	ctl     *link.Conn
 	log     net.Conn
 	scratch *os.File
+	network *usernet.Network // nil without
 	// restored reports that it came from a template.
 	restored bool
 
@@ -68,6 +70,8 @@ type guestDisks struct {
 	inputs  *Disk
 	sink    *Sink
 	scratch int
+	// network is what is reached; nil for no network.
+	network *usernet.Config
 }
 
 // launch starts QEMU with its sockets, up to and including the QMP handshake. The
@@ -104,14 +108,24 @@ func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, r
 	r.scratches.add(scratch)
 	g.cleanup = append(g.cleanup, func() error { return r.scratches.remove(scratch) })
 	files := []*os.File{ram, p.boot.kernel, p.boot.initrd, scratch}
-	ends, theirs, err := socketPairs(fdSink - fdQMP + 1)
+	sockets, args := fdSink-fdQMP+1, arguments(m, how)
+	if disks.network != nil {
+		sockets, args = sockets+1, append(args, netArguments()...)
+	}
+	ends, theirs, err := socketPairs(sockets)
 	if err != nil {
 		return nil, err
 	}
 	defer closeAll(theirs)
 	g.serve(ends, disks, r.cfg.Logger)
+	if disks.network != nil {
+		if err := g.startNetwork(*disks.network, ends[fdNetwork-fdQMP]); err != nil {
+			ends[0].Close()
+			return nil, err
+		}
+	}
 	g.proc, err = startProcess(command{
-		path: p.qemu.Path, args: arguments(m, how), files: append(files, theirs...),
+		path: p.qemu.Path, args: args, files: append(files, theirs...),
 		uid: id, gid: gid, group: g.group, output: g.console,
 	})
 	if err != nil {

@@ -63,6 +63,9 @@ func (b *build) inGuest(r *link.Result) error {
 	if err != nil {
 		return err
 	}
+	if err := b.startNetwork(); err != nil {
+		return err
+	}
 	b.dropFiles()
 	limit, err := memoryLimit(b.order.MemoryMiB)
 	if err != nil {

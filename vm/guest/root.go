@@ -65,6 +65,7 @@ func newStage(dir, inputs, shell string, order *link.BuildOrder) (*stage, error)
 	defer unix.Umask(unix.Umask(0)) // modes are as given here
 	for _, step := range []func() error{
 		s.makeTree,
+		func() error { return s.makeNetworkFiles(order.Network) },
 		func() error { return s.makeDevices(order.KVM) },
 		func() error { return s.makeShell(shell) },
 		func() error { return s.makeInputs(inputs, order.Inputs) },
