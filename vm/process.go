@@ -21,6 +21,10 @@ type command struct {
 	uid, gid int
 	// group takes the process; nil means none.
 	group cgroup
+	// confine is what else keeps it from the machine; nil means nothing does.
+	confine *confinement
+	// devices are files that a confined process may use.
+	devices []string
 	// output takes standard output and standard error.
 	output io.Writer
 }
@@ -49,33 +53,58 @@ func startProcess(c command) (*process, error) {
 	if c.uid >= 0 {
 		p.cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(c.uid), Gid: uint32(c.gid), Groups: []uint32{}}
 	}
+	if c.confine != nil {
+		p.cmd.SysProcAttr.Cloneflags = c.confine.namespaces()
+	}
 	started := make(chan error)
-	go p.run(started)
+	go p.run(c, started)
 	if err := <-started; err != nil {
 		return nil, fmt.Errorf("start %s: %w", c.path, err)
 	}
-	if c.group != nil {
-		if err := c.group.add(p.pid()); err != nil {
-			p.stop()
-			return nil, fmt.Errorf("start %s: %w (%s)", c.path, err, p.exit())
-		}
+	if err := p.bound(c); err != nil {
+		p.stop()
+		return nil, fmt.Errorf("start %s: %w (%s)", c.path, err, p.exit())
 	}
 	return p, nil
 }
 
-// run starts the command and waits for it, in a thread of its own: the kernel
-// sends the parent death signal when the thread that started the child ends,
-// and Go ends threads as it likes.
-func (p *process) run(started chan<- error) {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	err := p.cmd.Start()
+// bound puts the process into its cgroup and limits it. It has only just begun,
+// and its guest has not.
+func (p *process) bound(c command) error {
+	if c.group != nil {
+		if err := c.group.add(p.pid()); err != nil {
+			return err
+		}
+	}
+	if c.confine != nil {
+		return c.confine.limit(p.pid(), c.files)
+	}
+	return nil
+}
+
+// run starts the command and waits for it, in a thread of its own, which ends
+// with it: the kernel sends the parent death signal when the thread that started
+// the child ends, and Go ends threads as it likes; and the child has what
+// confines the thread.
+func (p *process) run(c command, started chan<- error) {
+	runtime.LockOSThread() // for ever
+	err := c.confineThread()
+	if err == nil {
+		err = p.cmd.Start()
+	}
 	started <- err
 	if err != nil {
 		return
 	}
 	p.err = p.cmd.Wait()
 	close(p.done)
+}
+
+func (c *command) confineThread() error {
+	if c.confine == nil {
+		return nil
+	}
+	return c.confine.restrictThread(c.path, c.files, c.devices)
 }
 
 func (p *process) pid() int { return p.cmd.Process.Pid }
