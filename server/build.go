@@ -17,6 +17,7 @@ import (
 	"nbd/server/settings"
 	"nbd/store"
 	"nbd/vm"
+	"nbd/vm/usernet"
 )
 
 // BuildsConfig says what Builds works with. Store and Runner are required; the
@@ -24,22 +25,26 @@ import (
 type BuildsConfig struct {
 	Store  *store.Store
 	Runner runner
-	// Systems are those that can be built for; default x86_64-linux and
-	// i686-linux. Features are those offered; default big-parallel, benchmark
-	// and ca-derivations.
-	Systems, Features []string
 	// Room is what all guests together may take. Zero fields mean: as many
-	// guests as the other two allow, three quarters of the machine's memory,
-	// and twice its CPUs.
+	// guests as the other two allow, three quarters of the machine's memory (or of
+	// what its cgroups leave the server), and twice its CPUs.
 	Room Room
+	// Machine is looked at before guests are started, which wait where it has too
+	// little left; nil if only Room counts.
+	Machine *Machine
 	// CPUs of a guest; default 2.
 	CPUs int
 	// MemoryMiB is what a build is given at first; default 2048. One that runs
 	// out of it is tried again with twice as much, up to MaxMemoryMiB; default
 	// as much as Room allows.
 	MemoryMiB, MaxMemoryMiB int
-	// ScratchMiB is the writable disk of a guest; zero means the guest's default.
-	ScratchMiB int
+	// ScratchMiB is the writable disk of a guest at first, rounded up to a power
+	// of two GiB; default 50 GiB. One that fills it is tried again with twice as
+	// much, up to MaxScratchMiB; default four times as much.
+	ScratchMiB, MaxScratchMiB int
+	// MachineCPUs is how many CPUs a guest is given at most for what is known of
+	// its package; default as many as the machine has.
+	MachineCPUs int
 	// Limits are the operator's. They are ceilings: a request may only ask for
 	// less.
 	Limits Limits
@@ -49,6 +54,9 @@ type BuildsConfig struct {
 	// Generation is the operator's part of the sandbox generation: failures of
 	// runs with another one are not reused.
 	Generation int
+	// Network is what builds of fixed outputs reach, but for the rule, which is
+	// of the account's settings; nil is nothing.
+	Network *usernet.Config
 	// Substituter fetches from caches what would have to be built or uploaded;
 	// nil if there is none.
 	Substituter substituter
@@ -62,10 +70,12 @@ type BuildsConfig struct {
 // of the guest.
 type runner interface {
 	Run(ctx context.Context, spec *vm.Spec, log io.Writer, outs vm.Outputs) (*vm.Result, error)
-	// Status and Generation tell of guests what is known now; Qualify finds it
-	// out, which may take as long as a guest takes to boot.
-	Status() vm.Status
-	Generation() string
+	// These tell of guests what is known now; Qualify finds it out, which may take
+	// as long as a guest takes to boot.
+	Systems() []vm.System
+	Features() []vm.Feature
+	Generation(system string) string
+	Emulated(system string) bool
 	Qualify(ctx context.Context, fresh bool) (vm.Status, error)
 }
 
@@ -127,19 +137,13 @@ func NewBuilds(ctx context.Context, cfg BuildsConfig) (*Builds, error) {
 	if cfg.Store == nil || cfg.Runner == nil {
 		return nil, errors.New("builds: config lacks a store or a runner")
 	}
-	if cfg.Systems == nil {
-		cfg.Systems = []string{"x86_64-linux", "i686-linux"}
-	}
-	if cfg.Features == nil {
-		cfg.Features = []string{"big-parallel", "benchmark", "ca-derivations"}
-	}
 	if cfg.CPUs == 0 {
 		cfg.CPUs = 2
 	}
 	if cfg.MemoryMiB == 0 {
 		cfg.MemoryMiB = 2048
 	}
-	if err := fillRoom(&cfg); err != nil {
+	if err := errors.Join(fillRoom(&cfg), fillScratch(&cfg)); err != nil {
 		return nil, fmt.Errorf("builds: %w", err)
 	}
 	if cfg.Logger == nil {
@@ -148,7 +152,7 @@ func NewBuilds(ctx context.Context, cfg BuildsConfig) (*Builds, error) {
 	b := &Builds{
 		cfg:   cfg,
 		store: cfg.Store,
-		queue: newQueue(cfg.Room),
+		queue: newQueue(cfg.Room, cfg.Machine),
 		drvs:  drvMemos{accounts: make(map[store.AccountID]*drvMemo)},
 
 		maxKept: defaultMaxKept,
@@ -178,9 +182,10 @@ func (b *Builds) Close() {
 	b.kept.Wait()
 }
 
-// Offers returns the systems and features that can be built for.
+// Offers returns the systems and features that can be built for now.
 func (b *Builds) Offers() (systems, features []string) {
-	return slices.Clone(b.cfg.Systems), slices.Clone(b.cfg.Features)
+	o := b.offered()
+	return o.systems, o.features
 }
 
 // QueueStatus tells what runs and what waits now.
@@ -214,7 +219,11 @@ func (b *Builds) Build(ctx context.Context, s *Session, req *BuildRequest, log L
 	if err != nil {
 		return b.noteRefused(ctx, s, req.DrvPath, req.Drv, req.Limits, failed(nixproto.InputRejected, err)), nil
 	}
-	if err := checkDerivation(req.DrvPath, req.Drv, b.cfg.Systems, b.cfg.Features); err != nil {
+	offered, err := b.offeredTo(ctx, req.Drv)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkDerivation(req.DrvPath, req.Drv, offered); err != nil {
 		return b.noteRefused(ctx, s, req.DrvPath, req.Drv, req.Limits, failed(nixproto.InputRejected, err)), nil
 	}
 	if kind, _ := req.Drv.Kind(); kind == nixproto.InputAddressed && !s.Client.Can(StoreWrite) {
@@ -484,6 +493,7 @@ func (b *Builds) fly(ctx context.Context, r *request, in *jobInputs, log LogSink
 	lease := r.session.Sight.NewLease()
 	lease.Add(j.drv.InputSrcs...)
 	lease.Add(staticOutputs(j.drv)...)
+	b.planFor(ctx, r)
 	run := func(f *flight) *ending {
 		defer lease.Release()
 		return b.run(f, r, in, lease)
@@ -500,7 +510,7 @@ func (b *Builds) fly(ctx context.Context, r *request, in *jobInputs, log LogSink
 		if refused != nil {
 			run = nil // it may join another's
 		}
-		w, started, err = b.flights.Join(reuse.FlightID{Scope: j.set.scope(j.account), Key: in.key}, r, run)
+		w, started, err = b.flights.Join(reuse.FlightID{Scope: j.scope(), Key: in.key}, r, run)
 	case refused == nil:
 		w, err = b.flights.Start(r, run)
 		started = true

@@ -164,7 +164,7 @@ func (f *finder) failure(ctx context.Context) (*storedEnd, error) {
 		if !slices.ContainsFunc(slices.Collect(maps.Values(ends.Failures)), func(x *store.Failure) bool { return f.mayUse(x.Account) }) {
 			continue
 		}
-		generation, err := f.b.generation(ctx)
+		generation, err := f.b.generation(ctx, f.j.drv.System)
 		if err != nil {
 			return nil, err
 		}
@@ -242,22 +242,22 @@ func (f *finder) timeout(ctx context.Context) (*storedEnd, error) {
 	return nil, nil
 }
 
-// generation is the sandbox generation that a run would have now. After a start
-// it takes a moment to be known.
-func (b *Builds) generation(ctx context.Context) (string, error) {
-	if g := b.sandbox(); g != "" {
+// generation is the sandbox generation that a run for a system would have now.
+// After a start it takes a moment to be known.
+func (b *Builds) generation(ctx context.Context, system string) (string, error) {
+	if g := b.sandbox(system); g != "" {
 		return g, nil
 	}
 	if _, err := b.cfg.Runner.Qualify(ctx, false); err != nil {
 		// A run would meet the same, and say so.
 		b.cfg.Logger.Warn("sandbox generation is not known; failures are not reused", "err", err)
 	}
-	return b.sandbox(), ctx.Err()
+	return b.sandbox(system), ctx.Err()
 }
 
 // sandbox is the sandbox generation as far as it is known now; "" if it is not.
-func (b *Builds) sandbox() string {
-	g := b.cfg.Runner.Generation()
+func (b *Builds) sandbox(system string) string {
+	g := b.cfg.Runner.Generation(system)
 	if g != "" && b.cfg.Generation != 0 {
 		g += fmt.Sprintf("/operator:%d", b.cfg.Generation)
 	}

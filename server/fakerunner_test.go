@@ -26,6 +26,8 @@ type fakeRunner struct {
 	status     vm.Status
 	generation string // default "fake 1"
 	unknown    bool   // what there is, until Qualify
+	nested     bool   // guests can run guests
+	noAArch64  bool   // that system is switched off
 	acts       map[string]func(*fakeRun) error
 	runs       map[string]int // by derivation name
 	running    int
@@ -41,7 +43,28 @@ type fakeRun struct {
 	try  int // from 1
 }
 
-func (r *fakeRunner) Generation() string {
+// Systems implements runner: one that is set up, with its 32-bit twin, and one
+// that is not.
+func (r *fakeRunner) Systems() []vm.System {
+	return []vm.System{{Name: "x86_64-linux", Offered: true}, {Name: "i686-linux", Offered: true},
+		{Name: "aarch64-linux", SwitchedOff: r.noAArch64, WhyNot: "no QEMU at /a/host/path"}}
+}
+
+// Features implements runner: what the builder can do is known after Qualify.
+func (r *fakeRunner) Features() []vm.Feature {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	kvm := vm.Feature{Name: "kvm", Offered: r.nested && !r.unknown, Unknown: r.unknown}
+	if !kvm.Offered {
+		kvm.WhyNot = "/dev/kvm of the host"
+	}
+	return []vm.Feature{kvm}
+}
+
+// Emulated implements runner.
+func (r *fakeRunner) Emulated(string) bool { return r.status.Accel == "tcg" }
+
+func (r *fakeRunner) Generation(string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.unknown {
@@ -54,10 +77,8 @@ func (r *fakeRunner) Qualify(context.Context, bool) (vm.Status, error) {
 	r.mu.Lock()
 	r.unknown = false
 	r.mu.Unlock()
-	return r.Status(), nil
+	return r.status, nil
 }
-
-func (r *fakeRunner) Status() vm.Status { return r.status }
 
 func (r *fakeRunner) act(name string, f func(*fakeRun) error) {
 	r.mu.Lock()

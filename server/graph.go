@@ -347,11 +347,15 @@ func (g *graph) check(ctx context.Context) error {
 		if n.result != nil || !n.build {
 			continue
 		}
-		if err := checkOffered(n.path, n.drv, g.b.cfg.Systems, g.b.cfg.Features); err != nil {
+		offered, err := g.b.offeredTo(ctx, n.drv)
+		if err != nil {
+			return err
+		}
+		if err := checkOffered(n.path, n.drv, offered); err != nil {
 			n.result = failed(nixproto.InputRejected, err)
 			continue
 		}
-		err := g.hashing(ctx, n, func(m *nixproto.Modulo) error {
+		err = g.hashing(ctx, n, func(m *nixproto.Modulo) error {
 			for _, dep := range n.deps {
 				if dep.drv == nil || dep.result != nil || dep.build { // which is checked by itself
 					continue

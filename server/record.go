@@ -102,9 +102,12 @@ func (r *request) inherit(a *attempt, run *store.Build) {
 	r.owns, r.ran = a, true
 	b := r.record
 	b.Reused = false
-	b.Status, b.Started, b.CPUs, b.MemoryMiB, b.Generation = run.Status, run.Started, run.CPUs, run.MemoryMiB, run.Generation
+	b.Status, b.Started, b.CPUs, b.MemoryMiB, b.DiskMiB, b.Generation = run.Status, run.Started, run.CPUs, run.MemoryMiB, run.DiskMiB, run.Generation
 	if b.LogOf = a.logID; b.LogOf == b.ID {
 		b.LogOf = 0
+	}
+	if a.logID != 0 { // it has begun
+		r.decisions = append(r.decisions, store.Decision{Check: "resources", Reason: a.whyLocked(r)})
 	}
 	r.setRunLocked(a)
 	if err := r.b.store.WriteBuild(context.Background(), b); err != nil {
@@ -134,7 +137,9 @@ func (b *Builds) startRecord(a *attempt, generation string) error {
 	r.record.Status = string(reuse.Running)
 	r.record.Started = time.Now()
 	r.record.CPUs = a.cpus
-	r.record.MemoryMiB = a.memoryMiB
+	r.record.MemoryMiB, r.record.DiskMiB = a.memoryMiB, a.diskMiB
+	r.decisions = append(r.decisions, store.Decision{Check: "resources", Reason: a.whyLocked(r)})
+	r.record.Decisions = r.decisions
 	r.record.Generation = generation
 	if a.before == nil && a.job.mode == nixproto.BuildNormal {
 		if err := b.writeRecipe(a); err != nil {
@@ -162,6 +167,7 @@ func (b *Builds) endRecord(a *attempt, end *ending) error {
 	rec.CPUUser, rec.CPUSystem = end.result.CPUUser, end.result.CPUSystem
 	rec.PeakMemory, rec.PeakStorage = end.result.PeakMemory, end.result.PeakScratch
 	rec.Outputs = end.outputs
+	rec.Network = recordNetwork(end.result.Network)
 	booted := rec.Started
 	if !end.result.Booted.IsZero() {
 		booted = end.result.Booted
@@ -177,6 +183,7 @@ func (b *Builds) endRecord(a *attempt, end *ending) error {
 		rec.LogSize = a.log.size.Load()
 	}
 	end.build, end.account = rec.ID, rec.Account
+	b.noteRun(a, rec, end)
 	// What it cost is also right if the server ends now: it is written with it.
 	err := b.store.EndBuild(context.Background(), []*store.Build{rec}, b.stored(a, r, end)...)
 	r.retireLocked()
@@ -186,8 +193,8 @@ func (b *Builds) endRecord(a *attempt, end *ending) error {
 }
 
 // pays is for how many of a run's CPUs the account pays: not for what others who
-// wait have asked for beyond its own settings.
-func (r *request) pays(cpus int) int { return min(cpus, r.job.set.cpus) }
+// wait have asked for beyond its own plan. It is called with r.mu held.
+func (r *request) pays(cpus int) int { return min(cpus, r.plan.cpus) }
 
 // cpuSeconds is the CPU time of a build: whole seconds, at least 1; 0 if no
 // guest was started.
@@ -215,6 +222,9 @@ func (b *Builds) stored(a *attempt, owner *request, end *ending) []store.End {
 	rec := owner.record
 	e := store.End{Key: a.key}
 	e.Shared, e.Own = owner.job.set.storedFor(rec.Account)
+	if use := end.result.Network; use != nil && use.Private {
+		e.Shared, e.Own = false, rec.Account
+	}
 	e.Usable = owner.session.usable(rec.Account)
 	failure := store.Failure{Build: rec.ID, Account: rec.Account, Time: rec.Stopped, Log: end.log,
 		Code: end.code, Message: end.message, DrvPath: end.drvPath, MemoryMiB: a.memoryMiB}
@@ -225,7 +235,7 @@ func (b *Builds) stored(a *attempt, owner *request, end *ending) []store.End {
 	case end.log == 0: // there would be nothing to replay
 		return nil
 	case end.status == reuse.BuildFailed && kind != nixproto.FixedOutput && rec.Generation != "" &&
-		!(end.crashed && b.cfg.Runner.Status().Accel == "tcg"):
+		!(end.crashed && b.cfg.Runner.Emulated(a.job.drv.System)):
 		e.Failure, e.Generation = &failure, rec.Generation
 	case end.status == reuse.Timeout && end.kind != "":
 		e.Timeout, e.Kind = &store.Timeout{Failure: failure, After: end.after}, end.kind

@@ -24,7 +24,7 @@ import (
 //
 //	queue ─▶ record (running), log ─▶ guest ─▶ outputs ─▶ record and end, durable together
 //	  ▲                                 │
-//	  └── transient, or more memory may help
+//	  └── transient, or more memory or disk may help
 
 type (
 	flight = reuse.Flight[*request, flightEvent, *ending]
@@ -75,6 +75,9 @@ type ending struct {
 	crashed bool
 	// memoryMiB is what the guest had.
 	memoryMiB int
+	// short says what the guest had too little of: vm.OutOfMemory, vm.NoSpace,
+	// vm.ProcessLimit; 0 if nothing.
+	short vm.Kind
 	// kind and after are those of a timeout.
 	kind  string
 	after time.Duration
@@ -125,10 +128,14 @@ func (b *Builds) run(f *flight, r *request, in *jobInputs, lease *store.Lease) *
 		if !end.status.Retried() || end.hopeless || f.Context().Err() != nil {
 			return end
 		}
-		next := &attempt{job: j, key: in.key, closure: closure, lease: lease, limits: a.limits, memoryMiB: a.memoryMiB, before: a}
+		next := &attempt{job: j, key: in.key, closure: closure, lease: lease, limits: a.limits, memoryMiB: a.memoryMiB, diskMiB: a.diskMiB, before: a}
 		if end.status == reuse.OutOfMemory {
-			next.memoryMiB = min(2*a.memoryMiB, b.ceiling(f))
-			f.Tell(flightEvent{note: fmt.Sprintf("%s; trying again with %d MiB", end.message, next.memoryMiB)})
+			next.memoryMiB, next.diskMiB, next.why = a.more(end, b.ceiling(f), b.cfg.MaxScratchMiB)
+			with := fmt.Sprintf("%d MiB", next.memoryMiB)
+			if end.short == vm.NoSpace {
+				with = fmt.Sprintf("%d MiB of disk", next.diskMiB)
+			}
+			f.Tell(flightEvent{note: fmt.Sprintf("%s; trying again with %s", end.message, with)})
 		} else {
 			waited, restarts := restartsOf(f)
 			if transient++; transient > restarts {
@@ -197,10 +204,14 @@ type attempt struct {
 	// transient is how many attempts before ended so.
 	transient int
 
-	// Set when it leaves the queue; memoryMiB is the least before.
-	memoryMiB, cpus int
-	log             *runLog
-	logID           store.BuildID
+	// Set when it leaves the queue; memoryMiB and diskMiB are the least before.
+	memoryMiB, diskMiB, cpus int
+	// wantedBy is the request whose wish that was; why is set if it is the end of
+	// the attempt before.
+	wantedBy store.BuildID
+	why      string
+	log      *runLog
+	logID    store.BuildID
 
 	mu    sync.Mutex // guards what follows; taken before request.mu
 	owner *request   // whose record it has
@@ -213,7 +224,7 @@ func (b *Builds) attempt(f *flight, a *attempt) *ending {
 	if err := b.giveOwner(f, a); err != nil {
 		return b.broken(j, "record the build", err)
 	}
-	got, release, err := b.queue.acquire(ctx, b.wants(f, a.memoryMiB), func(p queuePlace) {
+	got, release, err := b.queue.acquire(ctx, b.wants(f, a.memoryMiB, a.diskMiB), func(p queuePlace) {
 		b.queuedRecord(a)
 		f.Tell(flightEvent{place: p.String()})
 	})
@@ -221,7 +232,7 @@ func (b *Builds) attempt(f *flight, a *attempt) *ending {
 	if err != nil {
 		end = b.unqueued(ctx, j, err)
 	} else {
-		a.memoryMiB, a.cpus = got.memoryMiB, got.need.CPUs
+		a.memoryMiB, a.diskMiB, a.cpus, a.wantedBy = got.memoryMiB, got.diskMiB, got.need.CPUs, got.build
 		end = b.runGuest(f, a)
 		release()
 	}
@@ -233,14 +244,21 @@ func (b *Builds) attempt(f *flight, a *attempt) *ending {
 }
 
 // wants returns what the guest of a flight would take of the machine for each
-// that waits, and a channel that is closed when others do.
-func (b *Builds) wants(f *flight, leastMiB int) func() ([]want, <-chan struct{}) {
+// that waits, and a channel that is closed when others do. Disk is sparse: all
+// get as much as the one who wants most.
+func (b *Builds) wants(f *flight, leastMiB, leastDiskMiB int) func() ([]want, <-chan struct{}) {
 	return func() (list []want, changed <-chan struct{}) {
 		members, changed := f.Members()
+		disk, writes := leastDiskMiB, 0
 		for _, m := range members {
-			memory := min(max(leastMiB, m.job.set.memoryMiB), b.cfg.MaxMemoryMiB)
-			list = append(list, want{account: m.job.account, build: m.id(), memoryMiB: memory,
-				need: Room{Guests: 1, MemoryMiB: vm.MemoryCostMiB(memory), CPUs: m.job.set.cpus}})
+			p := m.planned()
+			disk, writes = max(disk, p.diskMiB), max(writes, p.writesMiB)
+			memory := min(max(leastMiB, p.memoryMiB), b.cfg.MaxMemoryMiB)
+			list = append(list, want{account: m.job.account, build: m.id(), memoryMiB: memory, leastCPUs: p.leastCPUs,
+				need: Room{Guests: 1, MemoryMiB: vm.MemoryCostMiB(memory), CPUs: p.cpus}})
+		}
+		for i := range list {
+			list[i].diskMiB, list[i].writesMiB = disk, writes
 		}
 		return list, changed
 	}
@@ -276,7 +294,7 @@ func (b *Builds) runGuest(f *flight, a *attempt) (end *ending) {
 	ctx := f.Context()
 	// The first build of a server may come before the generation is known, and
 	// its failure counts as well.
-	generation, err := b.generation(ctx)
+	generation, err := b.generation(ctx, j.drv.System)
 	if err != nil {
 		return b.failedRun(f, a, err, 0)
 	}
@@ -289,8 +307,8 @@ func (b *Builds) runGuest(f *flight, a *attempt) (end *ending) {
 	}
 	a.log = newRunLog(file, time.Now())
 	defer a.log.Close() // it is closed below; here after a panic
-	if b.cfg.Runner.Status().Accel == "tcg" {
-		f.Tell(flightEvent{note: fmt.Sprintf("'%s' is built in an emulated machine (TCG), because this server has no KVM: it takes many times as long", j.drvPath)})
+	if b.cfg.Runner.Emulated(j.drv.System) {
+		f.Tell(flightEvent{note: fmt.Sprintf("'%s' is built in an emulated machine (TCG), because this server has no KVM for %s: it takes many times as long", j.drvPath, j.drv.System)})
 	}
 	f.Tell(flightEvent{attempt: a})
 
@@ -319,6 +337,7 @@ func (b *Builds) runGuest(f *flight, a *attempt) (end *ending) {
 	if result != nil {
 		end.result = *result
 	}
+	b.tellNetwork(f, j, end.result.Network, end.status != reuse.Built)
 	if logErr == nil {
 		end.log = a.logID
 	}
@@ -363,11 +382,11 @@ func (b *Builds) failedBuilder(f *flight, a *attempt, err *vm.BuildError, ran ti
 		end.status, end.code = reuse.LogLimit, nixproto.LogLimitExceeded
 		end.message = logTooLong(j.drvPath, a.limits)
 	case vm.OutOfMemory, vm.NoSpace, vm.ProcessLimit:
-		end.status = reuse.OutOfMemory
+		end.status, end.short = reuse.MaxMemoryExceeded, err.Kind
 		end.code = nixproto.MiscFailure
 		end.message = fmt.Sprintf("builder for '%s' failed: %s", j.drvPath, printable(err.Message))
-		if err.Kind != vm.OutOfMemory || a.memoryMiB >= b.ceiling(f) {
-			end.status = reuse.MaxMemoryExceeded // more memory would not help
+		if memory, disk, _ := a.more(end, b.ceiling(f), b.cfg.MaxScratchMiB); memory > a.memoryMiB || disk > a.diskMiB {
+			end.status = reuse.OutOfMemory
 		}
 	case vm.OutputMissing, vm.OutputRefused:
 		end.code = nixproto.OutputRejected

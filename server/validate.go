@@ -12,20 +12,20 @@ import (
 
 // checkDerivation says in one sentence why a derivation is not built here. It
 // does not look at its inputs.
-func checkDerivation(path nixproto.StorePath, drv *nixproto.Derivation, systems, features []string) error {
+func checkDerivation(path nixproto.StorePath, drv *nixproto.Derivation, o offering) error {
 	if err := checkShape(path, drv); err != nil {
 		return refusef("cannot build '%s': %v", path, err)
 	}
-	return checkOffered(path, drv, systems, features)
+	return checkOffered(path, drv, o)
 }
 
 // checkOffered says in one sentence what a derivation asks for that is not to
 // be had here.
-func checkOffered(path nixproto.StorePath, drv *nixproto.Derivation, systems, features []string) error {
+func checkOffered(path nixproto.StorePath, drv *nixproto.Derivation, o offering) error {
 	builtin := strings.HasPrefix(drv.Builder, "builtin:")
-	if drv.System != "builtin" && !slices.Contains(systems, drv.System) {
-		return refusef("cannot build '%s': it is for the system '%s', and this server builds for %s",
-			path, drv.System, listed(systems))
+	if drv.System != "builtin" && !slices.Contains(o.systems, drv.System) {
+		return refusef("cannot build '%s': it is for the system '%s', %s",
+			path, drv.System, o.lack(drv.System, "and this server builds for %s", o.systems))
 	}
 	if drv.System == "builtin" && !builtin {
 		return refusef("cannot build '%s': the system 'builtin' is for builtin builders only", path)
@@ -39,9 +39,9 @@ func checkOffered(path nixproto.StorePath, drv *nixproto.Derivation, systems, fe
 		return refusef("cannot build '%s': %v", path, err)
 	}
 	for _, f := range required {
-		if !slices.Contains(features, f) {
-			return refusef("cannot build '%s': it requires the system feature '%s', and this server offers %s",
-				path, f, listed(features))
+		if !slices.Contains(o.features, f) {
+			return refusef("cannot build '%s': it requires the system feature '%s', %s",
+				path, f, o.lack(f, "and this server offers %s", o.features))
 		}
 	}
 	if attrs.bool("__noChroot") {

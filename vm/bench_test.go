@@ -10,7 +10,7 @@ import (
 // CPU time beside the wall time.
 func benchmarkStart(b *testing.B, start func(context.Context, *Runner, *platform, machine) (*guestVM, error)) {
 	r := newTestRunner(b, nil, nil)
-	p, err := r.platform(b.Context())
+	p, err := r.platform(b.Context(), r.native)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -59,7 +59,7 @@ func BenchmarkStartRestored(b *testing.B) {
 // BenchmarkCopyTemplate copies the memory of a template.
 func BenchmarkCopyTemplate(b *testing.B) {
 	r := newTestRunner(b, nil, nil)
-	p, err := r.platform(b.Context())
+	p, err := r.platform(b.Context(), r.native)
 	if err != nil {
 		b.Fatal(err)
 	}

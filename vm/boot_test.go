@@ -12,7 +12,6 @@ import (
 	"testing"
 
 	"nbd/vm/guest"
-	"nbd/vm/link"
 )
 
 // The tests of this file boot guests, whose init is this test program itself.
@@ -20,12 +19,7 @@ import (
 // tested with what the machine has.
 
 func TestMain(m *testing.M) {
-	if os.Args[0] == link.SandboxArg0 {
-		guest.Sandbox()
-	}
-	if os.Getpid() == 1 {
-		guest.Main()
-	}
+	guest.Enter()
 	status := m.Run()
 	if testStateDir != "" {
 		if err := os.RemoveAll(testStateDir); err != nil {

@@ -97,8 +97,9 @@ func (c *cpioWriter) file(name string, mode int, path string) error {
 }
 
 // writeInitrd writes the initramfs: the program that is the guest's init, the
-// shell of the sandbox, and the modules in their order.
-func writeInitrd(w io.Writer, init, shell string, modules []module) error {
+// shell of the sandbox, and the modules in their order. A guest that is to run
+// guests has modules for that, too, or a folder for none; others have nil.
+func writeInitrd(w io.Writer, init, shell string, modules, kvm []module) error {
 	c := &cpioWriter{w: w}
 	if err := c.file(rooted(link.InitPath), cpioExecutable, init); err != nil {
 		return err
@@ -111,11 +112,20 @@ func writeInitrd(w io.Writer, init, shell string, modules []module) error {
 	for _, dir := range []string{link.ModuleDir, "/dev", "/proc", "/sys"} {
 		c.bytes(rooted(dir), cpioDirectory, nil)
 	}
-	for i, m := range modules {
-		c.bytes(fmt.Sprintf("%s/%03d-%s.ko", rooted(link.ModuleDir), i, m.name), cpioFile, m.data)
+	c.modules(link.ModuleDir, modules)
+	if kvm != nil {
+		c.bytes(rooted(link.KVMModuleDir), cpioDirectory, nil)
+		c.modules(link.KVMModuleDir, kvm)
 	}
 	c.bytes("TRAILER!!!", 0, nil)
 	return c.err
+}
+
+// modules writes modules into a folder, under names that sort in their order.
+func (c *cpioWriter) modules(dir string, modules []module) {
+	for i, m := range modules {
+		c.bytes(fmt.Sprintf("%s/%03d-%s.ko", rooted(dir), i, m.name), cpioFile, m.data)
+	}
 }
 
 // rooted returns an absolute path as the archive names it.
@@ -128,6 +138,17 @@ type bootFiles struct {
 	kernel, initrd *os.File
 	kernelHash     string // of the contents, hex
 	initrdHash     string
+	// nested is the initramfs of guests that run guests; nil if there are none.
+	nested     *os.File
+	nestedHash string
+}
+
+// initrdFor returns the initramfs of a machine and its hash.
+func (b *bootFiles) initrdFor(m machine) (*os.File, string) {
+	if m.kvm {
+		return b.nested, b.nestedHash
+	}
+	return b.initrd, b.initrdHash
 }
 
 // makeBootFiles reads the kernel and makes the initramfs.
@@ -158,7 +179,7 @@ func makeBootFiles(dir string, k Kernel, init, shell string) (_ *bootFiles, err 
 		return nil, fmt.Errorf("read kernel: %w", err)
 	}
 	b.initrd, b.initrdHash, err = namelessFile(dir, func(w io.Writer) error {
-		return writeInitrd(w, init, shell, modules)
+		return writeInitrd(w, init, shell, modules, nil)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("make initramfs: %w", err)
@@ -169,7 +190,7 @@ func makeBootFiles(dir string, k Kernel, init, shell string) (_ *bootFiles, err 
 // close closes the files. Guests that run keep what they opened.
 func (b *bootFiles) close() error {
 	var errs []error
-	for _, f := range []*os.File{b.kernel, b.initrd} {
+	for _, f := range []*os.File{b.kernel, b.initrd, b.nested} {
 		if f != nil {
 			errs = append(errs, f.Close())
 		}

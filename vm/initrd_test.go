@@ -18,7 +18,7 @@ func TestWriteInitrd(t *testing.T) {
 	writeFiles(t, dir, map[string][]byte{"nbd": []byte("the program"), "busybox": []byte("sh")})
 	var b bytes.Buffer
 	modules := []module{{"virtio", []byte("v")}, {"erofs", []byte("ero")}}
-	if err := writeInitrd(&b, filepath.Join(dir, "nbd"), filepath.Join(dir, "busybox"), modules); err != nil {
+	if err := writeInitrd(&b, filepath.Join(dir, "nbd"), filepath.Join(dir, "busybox"), modules, nil); err != nil {
 		t.Fatal(err)
 	}
 	if b.Len()%4 != 0 {
@@ -40,11 +40,11 @@ func TestWriteInitrd(t *testing.T) {
 }
 
 func TestWriteInitrdMissing(t *testing.T) {
-	err := writeInitrd(io.Discard, filepath.Join(t.TempDir(), "none"), "", nil)
+	err := writeInitrd(io.Discard, filepath.Join(t.TempDir(), "none"), "", nil, nil)
 	if !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got %v", err)
 	}
-	if err := writeInitrd(io.Discard, t.TempDir(), "", nil); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+	if err := writeInitrd(io.Discard, t.TempDir(), "", nil, nil); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Errorf("got %v", err)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -36,17 +37,11 @@ type qemu struct {
 }
 
 // findQEMU returns the configured QEMU, or the one in PATH.
-func findQEMU(ctx context.Context, configured string) (qemu, error) {
-	name := configured
-	if name == "" {
-		name = "qemu-system-x86_64"
-	}
+func findQEMU(ctx context.Context, configured string, a *arch) (qemu, error) {
+	name := besideOrInPath(configured, a)
 	path, err := exec.LookPath(name)
 	if err != nil {
-		return qemu{}, &MissingError{
-			What: "QEMU was not found (" + name + ")",
-			Hint: "Debian: apt install qemu-system-x86; Fedora: dnf install qemu-system-x86-core; NixOS: the package qemu",
-		}
+		return qemu{}, &MissingError{What: "QEMU was not found (" + name + ")", Hint: a.hint}
 	}
 	ctx, stop := context.WithTimeout(ctx, 20*time.Second)
 	defer stop()
@@ -94,6 +89,10 @@ type platform struct {
 	tscKHz  int
 	shell   string // hash of the sandbox's shell, hex
 	notKVM  string // why accel is not kvm
+	// noNested says why guests do not run guests; if it is "", nested is whether
+	// they can, once that is known.
+	noNested string
+	nested   atomic.Pointer[answer]
 }
 
 // An answer is what booting a guest once has taught.
@@ -169,30 +168,35 @@ func (a *answers) readLocked() (map[string]answer, error) {
 // platform returns what guests run on, found out on the first call: it may boot
 // a guest to see whether KVM works. Callers at the same time wait for one
 // another. After an error the next call tries again.
-func (r *Runner) platform(ctx context.Context) (*platform, error) {
-	if err := r.finding.lock(ctx); err != nil {
+func (r *Runner) platform(ctx context.Context, b *base) (*platform, error) {
+	if err := b.finding.lock(ctx); err != nil {
 		return nil, err
 	}
-	defer r.finding.unlock()
-	if p := r.found.Load(); p != nil {
+	defer b.finding.unlock()
+	if p := b.found.Load(); p != nil {
 		return p, nil
 	}
-	p, err := r.find(ctx, false)
+	p, err := r.find(ctx, b, false)
 	if err != nil {
 		return nil, err
 	}
-	r.found.Store(p)
+	b.found.Store(p)
 	return p, nil
 }
 
 // find finds out what guests run on. When fresh is true, nothing that was
 // learned by booting counts.
-func (r *Runner) find(ctx context.Context, fresh bool) (_ *platform, err error) {
-	p := &platform{arch: r.arch, qemu: r.qemu, kernel: r.kernel, cgroups: r.cgroups}
-	if p.shell, err = hashFile(r.shell); err != nil {
+func (r *Runner) find(ctx context.Context, b *base, fresh bool) (_ *platform, err error) {
+	p := &platform{arch: b.arch, qemu: b.qemu, kernel: b.kernel, cgroups: r.cgroups}
+	if p.shell, err = hashFile(b.shell); err != nil {
 		return nil, fmt.Errorf("read shell of the sandbox: %w", err)
 	}
-	if p.boot, err = makeBootFiles(r.cfg.RuntimeDir, r.kernel, r.cfg.Binary, r.shell); err != nil {
+	init, removeInit, err := b.initProgram(&r.cfg)
+	if err != nil {
+		return nil, err
+	}
+	p.boot, err = makeBootFiles(r.cfg.RuntimeDir, b.kernel, init, b.shell)
+	if err := errors.Join(err, removeInit()); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -200,10 +204,13 @@ func (r *Runner) find(ctx context.Context, fresh bool) (_ *platform, err error) 
 			err = errors.Join(err, p.boot.close())
 		}
 	}()
-	if err := r.chooseAccel(ctx, p, fresh); err != nil {
+	if err := r.chooseAccel(ctx, b, p, fresh); err != nil {
 		return nil, err
 	}
-	r.cfg.Logger.Info("guests", "accel", p.accel, "why_not_kvm", p.notKVM, "kernel", p.kernel.Name, "qemu", p.qemu.Version)
+	if err := r.findNested(b, p, fresh); err != nil {
+		return nil, err
+	}
+	r.cfg.Logger.Info("guests", "arch", b.arch.name, "accel", p.accel, "why_not_kvm", p.notKVM, "kernel", p.kernel.Name, "qemu", p.qemu.Version)
 	for _, w := range p.warnings() {
 		r.cfg.Logger.Warn(w)
 	}
@@ -212,7 +219,11 @@ func (r *Runner) find(ctx context.Context, fresh bool) (_ *platform, err error) 
 
 // chooseAccel sets p's accelerator: KVM if it is wanted and a guest boots with
 // it, else emulation.
-func (r *Runner) chooseAccel(ctx context.Context, p *platform, fresh bool) error {
+func (r *Runner) chooseAccel(ctx context.Context, b *base, p *platform, fresh bool) error {
+	if !b.native {
+		p.accel, p.notKVM = "tcg", b.notNative()
+		return nil
+	}
 	if r.cfg.Accel != "tcg" {
 		reason, err := r.tryKVM(ctx, p, fresh)
 		if err != nil {
@@ -256,7 +267,7 @@ func (r *Runner) tryKVM(ctx context.Context, p *platform, fresh bool) (reason st
 	}
 	if !ok || fresh {
 		known = answer{Works: true, When: time.Now()}
-		if err := r.bootOnce(ctx, p, "kvm"); err != nil {
+		if err := r.bootOnce(ctx, p, machine{arch: p.arch, accel: "kvm"}); err != nil {
 			if ctx.Err() != nil {
 				return "", context.Cause(ctx)
 			}
@@ -285,9 +296,9 @@ func (p *platform) pairKey(accel string) (string, error) {
 }
 
 // bootOnce boots a small guest until its agent answers.
-func (r *Runner) bootOnce(ctx context.Context, p *platform, accel string) (err error) {
-	m := machine{arch: p.arch, accel: accel, vcpus: 2, memoryMiB: 1024, tscKHz: p.tscKHz}
-	if accel == "kvm" {
+func (r *Runner) bootOnce(ctx context.Context, p *platform, m machine) (err error) {
+	m.vcpus, m.memoryMiB = 2, 1024
+	if m.accel == "kvm" {
 		var stop context.CancelFunc
 		ctx, stop = context.WithTimeoutCause(ctx, kvmDeadline,
 			fmt.Errorf("it did not boot within %v", kvmDeadline))
@@ -305,7 +316,7 @@ func (r *Runner) bootOnce(ctx context.Context, p *platform, accel string) (err e
 // warnings tells what is known to be bad about what guests run on.
 func (p *platform) warnings() []string {
 	var w []string
-	if p.accel == "tcg" && p.qemu.major < 10 && compareVersions(p.kernel.Name, "6.12") >= 0 {
+	if p.accel == "tcg" && p.arch == archX8664 && p.qemu.major < 10 && compareVersions(p.kernel.Name, "6.12") >= 0 {
 		w = append(w, fmt.Sprintf("guests with kernel %s were seen to crash at random under the emulation of QEMU %s: use a kernel before 6.12 (nbd kernel import) or QEMU 10",
 			p.kernel.Name, p.qemu.Version))
 	}

@@ -42,7 +42,7 @@ func TestWarnings(t *testing.T) {
 		{"tcg", 10, "6.12.107+deb13-cloud-amd64", false},
 		{"kvm", 7, "6.12.107+deb13-cloud-amd64", false},
 	} {
-		p := &platform{accel: tt.accel, qemu: qemu{major: tt.qemu}, kernel: Kernel{Name: tt.kernel}}
+		p := &platform{arch: archX8664, accel: tt.accel, qemu: qemu{major: tt.qemu}, kernel: Kernel{Name: tt.kernel}}
 		if got := p.warnings(); (len(got) > 0) != tt.want {
 			t.Errorf("%+v: %q", tt, got)
 		}

@@ -29,7 +29,11 @@ func (r *Runner) Run(ctx context.Context, spec *Spec, log io.Writer, outs Output
 		return nil, err
 	}
 	defer leave()
-	p, err := r.platform(ctx)
+	base := r.baseOf(spec.Drv.System)
+	if base == nil {
+		return nil, specErrorf("derivation '%s' is for the system '%s', for which this server has no guests", spec.DrvPath, spec.Drv.System)
+	}
+	p, err := r.platform(ctx, base)
 	if err != nil {
 		return nil, err
 	}
@@ -99,6 +103,9 @@ func (b *build) start(ctx context.Context, outs Outputs) error {
 	if err != nil {
 		return err
 	}
+	if m.kvm = b.order.KVM; m.kvm && !b.p.canNest() {
+		return specErrorf("derivation '%s' requires the system feature 'kvm', which the guests of this server do not have", b.spec.DrvPath)
+	}
 	scratch := b.spec.ScratchMiB
 	if scratch == 0 {
 		scratch = DefaultScratchMiB
@@ -124,7 +131,9 @@ func (b *build) start(ctx context.Context, outs Outputs) error {
 	err = <-bound
 	if b.g.network != nil {
 		b.order.Network = b.g.network.Guest()
-		err = errors.Join(err, b.g.plugNetwork(ctx))
+		var noCertificates error
+		b.order.Network.Certificates, noCertificates = b.r.cfg.certificates()
+		err = errors.Join(err, noCertificates, b.g.plugNetwork(ctx))
 	}
 	return err
 }
@@ -254,7 +263,7 @@ func (b *build) end(ctx context.Context, err error) error {
 // run gives the order and follows the build to its end.
 func (b *build) run(ctx context.Context) (*Result, error) {
 	b.pump = startLogPump(b.g.log, b.log, b.spec.MaxLog)
-	if err := b.g.ctl.Send(b.order); err != nil {
+	if err := b.sendOrder(ctx); err != nil {
 		return nil, b.g.explain(fmt.Errorf("order build: %w", err))
 	}
 	frames := make(chan link.Message)
@@ -272,6 +281,13 @@ func (b *build) run(ctx context.Context) (*Result, error) {
 		return nil, err
 	}
 	return b.deliver(sent)
+}
+
+// sendOrder sends the order, which the guest may not take.
+func (b *build) sendOrder(ctx context.Context) error {
+	ctx, stop := b.g.within(ctx, startPatience, "the guest did not take the order in time")
+	defer stop()
+	return b.g.send(ctx, b.order)
 }
 
 // listen passes on what the guest says, until it says no more or the guest is
@@ -293,7 +309,7 @@ func (b *build) listen(frames chan<- link.Message) error {
 // follow waits for the result of the build, and the outputs that were sent
 // before it.
 func (b *build) follow(ctx context.Context, frames <-chan link.Message, ended <-chan error) (*link.Result, *link.Outputs, error) {
-	f := &following{b: b, w: newWatch(b.faulty.accel(b.g.machine.accel), b.spec, time.Now()), begun: b.begun}
+	f := &following{b: b, w: newWatch(b.faulty.accel(b.g.machine.accel), b.spec, time.Now()), begun: b.begun, began: time.Now()}
 	for f.result == nil {
 		if err := f.step(ctx, frames, ended); err != nil {
 			if b.result.Stop.IsZero() {
@@ -309,10 +325,16 @@ func (b *build) follow(ctx context.Context, frames <-chan link.Message, ended <-
 type following struct {
 	b      *build
 	w      *watch
+	began  time.Time
 	begun  <-chan struct{} // nil when it was seen
 	sent   *link.Outputs
 	result *link.Result
+	heard  int // messages
 }
+
+// maxSaid is how many messages an agent may have sent after some time; each costs
+// the host a little. Those of a guest that stood still come at once.
+func maxSaid(after time.Duration) int { return 100 + 10*int(after/link.BeatInterval) }
 
 // step waits for one thing to happen. Its error ends the build.
 func (f *following) step(ctx context.Context, frames <-chan link.Message, ended <-chan error) error {
@@ -367,6 +389,9 @@ func (f *following) hear(m link.Message) error {
 		return nil
 	}
 	now := time.Now()
+	if f.heard++; f.heard > maxSaid(now.Sub(f.began)) {
+		return errors.New("the guest's agent says more than it has to")
+	}
 	f.w.beat = now
 	switch m := m.(type) {
 	case *link.Beat:
@@ -375,10 +400,16 @@ func (f *following) hear(m link.Message) error {
 		}
 		return f.b.checkHostDisk()
 	case *link.Started:
+		if f.w.phase != phaseOrdered {
+			return errors.New("the guest's agent said twice that the builder runs")
+		}
 		f.w.enter(phaseRunning, now)
 		f.b.faulty.at(fault.QEMURun, fault.QEMUStop)
 		f.b.result.Start = now
 	case *link.Outputs:
+		if f.w.phase == phaseOrdered || f.sent != nil {
+			return errors.New("the guest's agent told of outputs out of turn")
+		}
 		f.w.enter(phaseSending, now)
 		f.sent = m
 	case *link.Result:

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -54,7 +55,8 @@ type guestVM struct {
 	console *console
 	group   cgroup // nil if there are none
 	qmp     *qmp
-	ctl     *link.Conn
+	ctl     *link.Conn // on control
+	control net.Conn
 	log     net.Conn
 	scratch *os.File
 	network *usernet.Network // nil without
@@ -62,6 +64,9 @@ type guestVM struct {
 	restored bool
 
 	cleanup []func() error // in reverse order
+	// undead says that QEMU could not be ended: its user id is not given to
+	// another guest.
+	undead bool
 }
 
 // guestDisks are the disks of a guest; scratch is the size of the scratch disk in MiB, zero for
@@ -88,7 +93,12 @@ func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, r
 	if err != nil {
 		return nil, err
 	}
-	g.cleanup = append(g.cleanup, func() error { release(); return nil })
+	g.cleanup = append(g.cleanup, func() error {
+		if !g.undead {
+			release()
+		}
+		return nil
+	})
 	gid := id
 	if m.accel == "kvm" {
 		if gid, err = kvmGroup(id); err != nil {
@@ -107,7 +117,8 @@ func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, r
 	g.scratch = scratch
 	r.scratches.add(scratch)
 	g.cleanup = append(g.cleanup, func() error { return r.scratches.remove(scratch) })
-	files := []*os.File{ram, p.boot.kernel, p.boot.initrd, scratch}
+	initrd, _ := p.boot.initrdFor(m)
+	files := []*os.File{ram, p.boot.kernel, initrd, scratch}
 	sockets, args := fdSink-fdQMP+1, arguments(m, how)
 	if disks.network != nil {
 		sockets, args = sockets+1, append(args, netArguments()...)
@@ -126,12 +137,14 @@ func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, r
 	}
 	g.proc, err = startProcess(command{
 		path: p.qemu.Path, args: args, files: append(files, theirs...),
-		uid: id, gid: gid, group: g.group, output: g.console,
+		uid: id, gid: gid, group: g.group, confine: r.confined, devices: devices(m), output: g.console,
 	})
 	if err != nil {
 		ends[0].Close()
 		return nil, fmt.Errorf("%w%s", err, g.console.summary())
 	}
+	gone := r.processes.add(g.proc.cmd.Process.Pid)
+	g.cleanup = append(g.cleanup, func() error { gone(); return nil })
 	// What waits for the guest stops waiting when QEMU ends, and QEMU ends when
 	// the caller does not want it any more.
 	go func() {
@@ -143,7 +156,9 @@ func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, r
 		}
 	}()
 	closeAll(theirs)
-	g.qmp, err = newQMP(g.ctx, ends[0].(*net.UnixConn))
+	greeting, stop := g.within(g.ctx, bootPatience, "QEMU did not start in time")
+	defer stop()
+	g.qmp, err = newQMP(greeting, ends[0].(*net.UnixConn))
 	if err != nil {
 		return nil, g.explain(fmt.Errorf("talk to QEMU: %w", err))
 	}
@@ -169,7 +184,7 @@ func (g *guestVM) enterGroup(f cgroupFactory, limitMiB int) error {
 // descriptors.
 func (g *guestVM) serve(ends []net.Conn, disks guestDisks, logger *slog.Logger) {
 	at := func(fd int) net.Conn { return ends[fd-fdQMP] }
-	g.ctl, g.log = link.Host(at(fdControl)), at(fdLog)
+	g.ctl, g.control, g.log = link.Host(at(fdControl)), at(fdControl), at(fdLog)
 	in := disks.inputs.Serve(oneConn(at(fdInputs)), logger)
 	out := disks.sink.Serve(oneConn(at(fdSink)), logger)
 	g.cleanup = append(g.cleanup, at(fdControl).Close, at(fdLog).Close, in.Close, out.Close)
@@ -179,10 +194,11 @@ func (g *guestVM) serve(ends []net.Conn, disks guestDisks, logger *slog.Logger) 
 // could not be removed.
 func (g *guestVM) close() error {
 	g.cancel(context.Canceled)
-	if g.proc != nil {
-		g.proc.stop()
-	}
 	var errs []error
+	if g.proc != nil {
+		errs = append(errs, g.proc.stop())
+	}
+	g.undead = errors.Join(errs...) != nil
 	for i := len(g.cleanup) - 1; i >= 0; i-- {
 		errs = append(errs, g.cleanup[i]())
 	}
@@ -226,6 +242,17 @@ func (g *guestVM) receive(ctx context.Context) (link.Message, error) {
 	}
 }
 
+// send sends a message to the guest, which may not take it.
+func (g *guestVM) send(ctx context.Context, m link.Message) error {
+	stop := context.AfterFunc(ctx, func() { g.control.Close() })
+	defer stop()
+	err := g.ctl.Send(m)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
 // hello waits until a guest has booted.
 func (g *guestVM) hello(ctx context.Context) (*link.Hello, error) {
 	ctx, stop := g.within(ctx, bootPatience, "the guest did not boot in time")
@@ -238,6 +265,9 @@ func (g *guestVM) hello(ctx context.Context) (*link.Hello, error) {
 	if !ok || h.Version != link.Version {
 		return nil, fmt.Errorf("boot guest: its agent said %T and not hello", m)
 	}
+	if g.machine.kvm && !slices.Contains(h.Features, link.FeatureKVM) {
+		return nil, g.explain(errors.New("boot guest: no virtual machine can be made in it"))
+	}
 	return h, nil
 }
 
@@ -248,7 +278,7 @@ func (g *guestVM) wake(ctx context.Context) error {
 	w := &link.Wake{Entropy: make([]byte, link.MinEntropy)}
 	rand.Read(w.Entropy)
 	w.Time = time.Now().UnixNano()
-	if err := g.ctl.Send(w); err != nil {
+	if err := g.send(ctx, w); err != nil {
 		return g.explain(fmt.Errorf("wake guest: %w", err))
 	}
 	m, err := g.receive(ctx)

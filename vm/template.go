@@ -68,7 +68,8 @@ type templateSlot struct {
 // guest, and the program that runs it.
 func (p *platform) templateID(m machine) string {
 	h := sha256.New()
-	fmt.Fprintf(h, "%s\n%s\n%s\n%s\n", p.qemu.id, p.boot.kernelHash, p.boot.initrdHash,
+	_, initrd := p.boot.initrdFor(m)
+	fmt.Fprintf(h, "%s\n%s\n%s\n%s\n", p.qemu.id, p.boot.kernelHash, initrd,
 		strings.Join(arguments(m, modeClone), "\n"))
 	return hex.EncodeToString(h.Sum(nil))
 }

@@ -63,11 +63,20 @@ type Config struct {
 	RuntimeDir string
 	// Blobs opens the inputs. Required by Run.
 	Blobs Blobs
-	// QEMU is the path of qemu-system-x86_64; default: searched in PATH.
+	// QEMU is the path of qemu-system-x86_64, or what it is on this machine;
+	// default: searched in PATH. Those for other architectures are searched beside
+	// it and there.
 	QEMU string
+	// Systems are those that may be built for; default: all that are set up. One
+	// that is listed and not set up is refused.
+	Systems []string
+	// KVMInBuilds says whether builds may require the features kvm and nixos-test:
+	// "auto" (default) where guests have KVM and can run guests, "emulated" also
+	// where guests are emulated, or "off".
+	KVMInBuilds string
 	// Kernel is the path of a kernel image whose modules are in /lib/modules, the
 	// name of an imported kernel, or "": the newest imported one, else the
-	// host's newest.
+	// host's newest. It counts for the architecture of the kernel.
 	Kernel string
 	// Accel is "kvm", "tcg", or "auto" (default): KVM if a guest really boots
 	// with it.
@@ -78,6 +87,12 @@ type Config struct {
 	// Binary is the program that becomes the guest's /init; default: the
 	// running program.
 	Binary string
+	// AgentBinary is the same for guests of another architecture than the host's;
+	// default: what this program was built with.
+	AgentBinary string
+	// Certificates is a PEM file with the authorities that builds with a network
+	// may trust; default: searched where distributions keep it.
+	Certificates string
 	// FirstUID is the first of UIDs user ids (and group ids) that guests run
 	// under when the server is root; default 64000, 256 ids.
 	FirstUID, UIDs int
@@ -127,6 +142,10 @@ type Status struct {
 	Weaknesses []string `json:"weaknesses,omitempty"`
 	// Templates is the number of templates in memory.
 	Templates int `json:"templates"`
+	// Systems are all that guests are known for, and Features those that depend on
+	// what guests can do, offered or not.
+	Systems  []System  `json:"systems"`
+	Features []Feature `json:"features"`
 	// Guests is the number of guests alive now.
 	Guests int `json:"guests"`
 }
@@ -134,21 +153,21 @@ type Status struct {
 // A Runner runs builds. Its methods are safe for concurrent use.
 type Runner struct {
 	cfg     Config
-	arch    *arch
-	qemu    qemu
-	kernel  Kernel
-	shell   string
+	native  *base   // for the host's own architecture
+	bases   []*base // native and others that are set up
+	lacking map[*arch][]*MissingError
 	cgroups cgroupFactory // nil if there are none
 	ids     *ids
-	answers *answers
+	// confined is what keeps QEMU from this machine beside its user id.
+	confined *confinement
+	answers  *answers
 	// weak are the weaknesses that New found.
 	weak []string
 
-	finding   lock // held by who finds out what guests run on
-	found     atomic.Pointer[platform]
 	templates templates
 	alive     atomic.Int64 // guests
 	scratches scratchFiles
+	processes processes
 
 	// life ends with Close, and everything that runs with it.
 	life context.Context
@@ -158,7 +177,6 @@ type Runner struct {
 	closed bool
 	// running counts what Close waits for.
 	running sync.WaitGroup
-	old     []*platform // replaced by Qualify; guarded by finding
 
 	closing  sync.Once
 	closeErr error // of closing
@@ -170,20 +188,10 @@ func New(cfg Config) (*Runner, error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
-	r := &Runner{cfg: cfg, finding: newLock(), templates: templates{byID: map[string]*templateSlot{}},
+	r := &Runner{cfg: cfg, lacking: map[*arch][]*MissingError{}, templates: templates{byID: map[string]*templateSlot{}},
 		answers: &answers{path: filepath.Join(cfg.StateDir, qualifiedFile)}}
 	r.life, r.end = context.WithCancelCause(context.Background())
-	var err error
-	if r.arch, err = hostArch(); err != nil {
-		return nil, err
-	}
-	if r.qemu, err = findQEMU(r.life, cfg.QEMU); err != nil {
-		return nil, err
-	}
-	if r.kernel, err = findKernel(cfg.StateDir, cfg.Kernel, r.arch); err != nil {
-		return nil, err
-	}
-	if r.shell, err = findShell(cfg.StateDir, cfg.Busybox, r.arch); err != nil {
+	if err := r.findBases(); err != nil {
 		return nil, err
 	}
 	if err := os.MkdirAll(cfg.RuntimeDir, 0o700); err != nil {
@@ -198,11 +206,18 @@ func New(cfg Config) (*Runner, error) {
 	if cfg.Faults != nil {
 		r.weak = append(r.weak, "BUILDS ARE BROKEN ON PURPOSE, by --fault "+cfg.Faults.String())
 	}
+	var err error
 	if r.ids, err = newIDs(cfg.FirstUID, cfg.UIDs); err != nil {
 		r.weak = append(r.weak, "guests run under the server's own user id: "+err.Error())
 	}
-	if r.cgroups, err = newCgroups(); err != nil {
+	var weak []string
+	r.confined, weak = newConfinement(r.native.qemu.Path, r.ids.first)
+	r.weak = append(r.weak, weak...)
+	var lacks string
+	if r.cgroups, lacks, err = newCgroups(); err != nil {
 		r.weak = append(r.weak, "guests run without a cgroup that bounds their memory: "+err.Error())
+	} else if lacks != "" {
+		r.weak = append(r.weak, lacks)
 	}
 	return r, nil
 }
@@ -220,8 +235,20 @@ func (c *Config) complete() error {
 		return errors.New("vm: Config.StateDir is not set")
 	case !slices.Contains([]string{"", "auto", "kvm", "tcg"}, c.Accel):
 		return fmt.Errorf("accelerator %q is not one of auto, kvm and tcg", c.Accel)
+	case !slices.Contains([]string{"", nestedAuto, nestedEmulated, nestedOff}, c.KVMInBuilds):
+		return fmt.Errorf("kvm-in-builds %q is not one of auto, emulated and off", c.KVMInBuilds)
 	case c.FirstUID < 0 || c.UIDs < 0 || c.MaxOutput < 0:
 		return errors.New("vm: negative number in Config")
+	}
+	for _, name := range c.Systems {
+		if archOf(name) == nil {
+			return fmt.Errorf("there are no guests for the system %q", name)
+		}
+	}
+	if c.Certificates != "" {
+		if _, err := c.certificates(); err != nil {
+			return err
+		}
 	}
 	c.RuntimeDir = cmp.Or(c.RuntimeDir, filepath.Join(c.StateDir, "guests"))
 	c.FirstUID = cmp.Or(c.FirstUID, 64000)
@@ -254,11 +281,13 @@ func (r *Runner) close() error {
 	r.running.Wait()
 	r.templates.close()
 	var errs []error
-	if p := r.found.Swap(nil); p != nil {
-		errs = append(errs, p.boot.close())
-	}
-	for _, p := range r.old {
-		errs = append(errs, p.boot.close())
+	for _, b := range r.bases {
+		if p := b.found.Swap(nil); p != nil {
+			errs = append(errs, p.boot.close())
+		}
+		for _, p := range b.old {
+			errs = append(errs, p.boot.close())
+		}
 	}
 	if r.cgroups != nil {
 		errs = append(errs, r.cgroups.close())
@@ -282,11 +311,12 @@ func (r *Runner) enter(ctx context.Context) (_ context.Context, leave func(), er
 // Status tells what is known now, without booting anything.
 func (r *Runner) Status() Status {
 	s := Status{
-		QEMU: r.qemu.Version, QEMUPath: r.qemu.Path,
-		Kernel: r.kernel.Name, KernelPath: r.kernel.Image, Busybox: r.shell,
+		QEMU: r.native.qemu.Version, QEMUPath: r.native.qemu.Path,
+		Kernel: r.native.kernel.Name, KernelPath: r.native.kernel.Image, Busybox: r.native.shell,
+		Systems: r.Systems(), Features: r.Features(),
 		Guests: int(r.alive.Load()), Weaknesses: slices.Clone(r.weak),
 	}
-	if p := r.found.Load(); p != nil {
+	if p := r.native.found.Load(); p != nil {
 		s.Accel, s.WhyNotKVM, s.CPU, s.Generation = p.accel, p.notKVM, p.arch.cpuModel(p.accel), p.generation()
 		s.Weaknesses = append(s.Weaknesses, p.warnings()...)
 	}
@@ -298,61 +328,103 @@ func (r *Runner) Status() Status {
 	return s
 }
 
-// Qualify boots a guest with what New found, remembers whether it works and
-// returns the status afterwards; an error says that guests do not work at all.
-// When fresh is false and the answer is remembered, it boots nothing.
+// Qualify boots guests with what New found, remembers whether they work and
+// returns the status afterwards; an error says that guests of the host's own
+// architecture do not work at all. Systems and features that did not work are not
+// offered. When fresh is false and the answers are remembered, it boots nothing.
 func (r *Runner) Qualify(ctx context.Context, fresh bool) (Status, error) {
 	ctx, leave, err := r.enter(ctx)
 	if err != nil {
 		return r.Status(), err
 	}
 	defer leave()
-	p, err := r.qualified(ctx, fresh)
-	if err != nil {
-		return r.Status(), err
+	for _, b := range r.bases {
+		err := r.qualify(ctx, b, fresh)
+		switch {
+		case err == nil:
+			b.broken.Store(nil)
+		case b.native || ctx.Err() != nil:
+			return r.Status(), err
+		default:
+			b.broken.Store(&err)
+			r.cfg.Logger.Error("guests do not boot", "arch", b.arch.name, "err", err)
+		}
 	}
+	return r.Status(), nil
+}
+
+// qualify is Qualify for the guests of one base.
+func (r *Runner) qualify(ctx context.Context, b *base, fresh bool) error {
+	p, err := r.qualified(ctx, b, fresh)
+	if err != nil {
+		return err
+	}
+	if err := r.qualifyBoot(ctx, p, fresh); err != nil {
+		return err
+	}
+	return r.tryNested(ctx, p)
+}
+
+// qualifyBoot boots a guest unless it is known that one does.
+func (r *Runner) qualifyBoot(ctx context.Context, p *platform, fresh bool) error {
 	if p.accel == "kvm" {
-		return r.Status(), nil // it was booted to be chosen
+		return nil // it was booted to be chosen
 	}
 	key, err := p.pairKey(p.accel)
 	if err != nil {
-		return r.Status(), err
+		return err
 	}
 	known, _, err := r.answers.get(key)
 	if err != nil || known.Works && !fresh {
-		return r.Status(), err
+		return err
 	}
-	if err := r.bootOnce(ctx, p, p.accel); err != nil {
-		return r.Status(), fmt.Errorf("boot a guest with kernel %s and QEMU %s: %w", p.kernel.Name, p.qemu.Version, err)
+	if err := r.bootOnce(ctx, p, machine{arch: p.arch, accel: p.accel, tscKHz: p.tscKHz}); err != nil {
+		return fmt.Errorf("boot a guest with kernel %s and QEMU %s: %w", p.kernel.Name, p.qemu.Version, err)
 	}
-	return r.Status(), r.answers.put(key, answer{Works: true, When: time.Now()})
+	return r.answers.put(key, answer{Works: true, When: time.Now()})
 }
 
 // qualified returns the platform, found out anew if fresh.
-func (r *Runner) qualified(ctx context.Context, fresh bool) (*platform, error) {
+func (r *Runner) qualified(ctx context.Context, b *base, fresh bool) (*platform, error) {
 	if !fresh {
-		return r.platform(ctx)
+		return r.platform(ctx, b)
 	}
-	if err := r.finding.lock(ctx); err != nil {
+	if err := b.finding.lock(ctx); err != nil {
 		return nil, err
 	}
-	defer r.finding.unlock()
-	p, err := r.find(ctx, true)
+	defer b.finding.unlock()
+	p, err := r.find(ctx, b, true)
 	if err != nil {
 		return nil, err
 	}
-	if old := r.found.Swap(p); old != nil {
-		r.old = append(r.old, old)
+	if old := b.found.Swap(p); old != nil {
+		b.old = append(b.old, old)
 	}
 	return p, nil
 }
 
-// Generation returns the sandbox generation together with what else can make a
-// failing builder end differently: the shell's hash, CPU model and accelerator.
-// It is "" until the accelerator is known (Qualify, Run).
-func (r *Runner) Generation() string {
-	if p := r.found.Load(); p != nil {
+// Generation returns the sandbox generation of builds for a system, together
+// with what else can make a failing builder end differently: the shell's hash,
+// CPU model and accelerator. It is "" until the accelerator is known (Qualify,
+// Run).
+func (r *Runner) Generation(system string) string {
+	if p := r.foundFor(system); p != nil {
 		return p.generation()
 	}
 	return ""
+}
+
+// Emulated reports whether builds for a system run in emulated guests, as far as
+// that is known.
+func (r *Runner) Emulated(system string) bool {
+	p := r.foundFor(system)
+	return p != nil && p.accel == "tcg"
+}
+
+// foundFor returns what guests for a system run on, nil if it is not known.
+func (r *Runner) foundFor(system string) *platform {
+	if b := r.baseOf(system); b != nil {
+		return b.found.Load()
+	}
+	return nil
 }

@@ -28,8 +28,8 @@ type mount struct {
 }
 
 // boot brings the guest from the kernel's first call of /init to where it can
-// talk to its host.
-func boot() error {
+// talk to its host. It reports whether the guest is to run guests.
+func boot() (runsGuests bool, err error) {
 	// The initramfs has no directories but its own.
 	for _, m := range []mount{
 		{"/dev", "devtmpfs", unix.MS_NOSUID, "mode=0755"},
@@ -38,17 +38,20 @@ func boot() error {
 	} {
 		// devtmpfs may have been mounted by the kernel itself.
 		if err := mountAt(m); err != nil && !errors.Is(err, unix.EBUSY) {
-			return err
+			return false, err
 		}
 	}
 	if err := openConsole(); err != nil {
-		return err
+		return false, err
 	}
 	if err := loadModules(link.ModuleDir); err != nil {
-		return err
+		return false, err
+	}
+	if runsGuests, err = loadKVM(link.KVMModuleDir); err != nil {
+		return false, err
 	}
 	if err := switchRoot(); err != nil {
-		return fmt.Errorf("leave initramfs: %w", err)
+		return false, fmt.Errorf("leave initramfs: %w", err)
 	}
 	for _, m := range []mount{
 		{"/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "mode=0620,ptmxmode=0666"},
@@ -57,19 +60,19 @@ func boot() error {
 		{cgroupRoot, "cgroup2", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
 	} {
 		if err := mountAt(m); err != nil {
-			return err
+			return false, err
 		}
 	}
 	for _, dir := range []string{inputDir, scratchDir} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
-			return err
+			return false, err
 		}
 	}
 	if err := setLimits(); err != nil {
-		return err
+		return false, err
 	}
 	// The agent goes last when memory runs out.
-	return os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
+	return runsGuests, os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
 }
 
 // setLimits gives builders what services give the Nix daemon. Processes are

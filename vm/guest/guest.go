@@ -47,6 +47,10 @@ func Enter() {
 		Main()
 	case os.Args[0] == link.SandboxArg0:
 		Sandbox()
+	case os.Args[0] == link.BuiltinArg0:
+		Builtin()
+	case os.Args[0] == link.KVMProbeArg0:
+		probeKVM()
 	}
 }
 
@@ -66,7 +70,8 @@ func Main() {
 
 // run boots and serves the host. It returns only with an error.
 func run() error {
-	if err := boot(); err != nil {
+	runsGuests, err := boot()
+	if err != nil {
 		return fmt.Errorf("boot guest: %w", err)
 	}
 	ctl, err := openPort(link.ControlPort)
@@ -81,6 +86,9 @@ func run() error {
 	if a.kit, err = newKit(); err != nil {
 		return fmt.Errorf("prepare for a build: %w", err)
 	}
+	if runsGuests && tryKVM() {
+		a.features = append(a.features, link.FeatureKVM)
+	}
 	if err := a.hello(); err != nil {
 		return err
 	}
@@ -94,6 +102,9 @@ type agent struct {
 	kit  *kit
 	used atomic.Pointer[link.Usage] // by the build so far
 
+	// features are what hello tells.
+	features []string
+
 	// The fields below belong to serve's goroutine.
 	awake bool
 	build *build // nil before the order
@@ -104,11 +115,7 @@ func (a *agent) hello() error {
 	if err := unix.Uname(&uts); err != nil {
 		return fmt.Errorf("uname: %w", err)
 	}
-	h := &link.Hello{Version: link.Version, Kernel: unix.ByteSliceToString(uts.Release[:])}
-	if _, err := os.Stat("/dev/kvm"); err == nil {
-		h.Features = append(h.Features, "kvm")
-	}
-	return a.conn.Send(h)
+	return a.conn.Send(&link.Hello{Version: link.Version, Kernel: unix.ByteSliceToString(uts.Release[:]), Features: a.features})
 }
 
 // serve does what the host asks until the connection is of no use any more.

@@ -33,9 +33,17 @@ const (
 	// ShellPath is the static busybox that builds see as /bin/sh. A guest
 	// without it has no /bin/sh.
 	ShellPath = "/busybox"
+	// KVMModuleDir holds, in guests that are to run guests, the modules for that.
+	// Those for another processor than the guest's fail to load, which is no error.
+	KVMModuleDir = "/modules.kvm"
+	// KVMProbeArg0 is argv[0] of the guest's own binary when it is started again as
+	// the build user to see whether that can make a virtual machine.
+	KVMProbeArg0 = "nbd-kvm-probe"
 	// SandboxArg0 is argv[0] of the guest's own binary when it is started
 	// again as the first process of a build's namespaces.
 	SandboxArg0 = "nbd-sandbox"
+	// BuiltinArg0 is argv[0] of the guest's own binary when it is the builder.
+	BuiltinArg0 = "nbd-builtin"
 )
 
 // Version is the version of this protocol. Host and guest are the same
@@ -45,16 +53,23 @@ const Version = 2
 // BeatInterval is the time between two Beats of a guest that was woken.
 const BeatInterval = 5 * time.Second
 
+// BuiltinPrefix begins the builder of a derivation that wants one of those that
+// Nix has inside itself.
+const BuiltinPrefix = "builtin:"
+
 // A Message is one frame on the control port: a pointer to one of the structs
 // of this file.
 type Message interface{ messageType() string }
+
+// FeatureKVM says that the build user could make a virtual machine.
+const FeatureKVM = "kvm"
 
 // Hello is the first frame of a guest after its kernel has booted. A guest
 // that was restored from a template says nothing until it is woken.
 type Hello struct {
 	Version int
 	Kernel  string // release, as of uname -r
-	// Features are names of what the guest found: "kvm" if /dev/kvm is there.
+	// Features are names of what the guest can do, such as FeatureKVM.
 	Features []string
 }
 
@@ -102,7 +117,8 @@ type BuildOrder struct {
 	DrvPath string
 	// System is "x86_64-linux", "i686-linux" …; it selects the personality.
 	System string
-	// Builder is the program to execute.
+	// Builder is the program to execute, or begins with BuiltinPrefix: then Env is
+	// the attributes of the derivation, and Args and Files are empty.
 	Builder string
 	// Args is argv, its element 0 included.
 	Args [][]byte
@@ -116,6 +132,8 @@ type BuildOrder struct {
 	// Outputs are what the builder must make, in the order in which their NARs
 	// are sent.
 	Outputs []Output
+	// FixedOutput says that the content of the output is known beforehand.
+	FixedOutput bool
 	// KVM says whether the builder gets /dev/kvm.
 	KVM bool
 	// CPUs is the number of processors that the build may use, the first ones;
@@ -149,6 +167,9 @@ type Network struct {
 	// ("192.0.0.2/29"); Gateways the way to all others, one for each.
 	Addresses, Gateways []string
 	Nameserver          string
+	// Certificates are those of the authorities that the build may trust, in PEM;
+	// may be empty.
+	Certificates []byte
 }
 
 // An Output is one output of a build, at the path that the builder was told.

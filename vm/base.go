@@ -1,0 +1,213 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+)
+
+// A base is what guests of one architecture are made of, and what is known of
+// them. It is set up when all its parts are there.
+type base struct {
+	arch   *arch
+	native bool // the host's own: others are emulated
+	qemu   qemu
+	kernel Kernel
+	shell  string // path
+
+	finding lock // held by who finds out what guests run on
+	found   atomic.Pointer[platform]
+	old     []*platform // replaced by Qualify; guarded by finding
+	// broken is why guests that are not native do not work, once that is known.
+	broken atomic.Pointer[error]
+}
+
+// findBase finds the parts. All that are missing are in its error, each a
+// *MissingError.
+func findBase(ctx context.Context, cfg *Config, a *arch) (*base, error) {
+	b := &base{arch: a, native: a.name == hostArchName(), finding: newLock()}
+	var errs [4]error
+	b.qemu, errs[0] = findQEMU(ctx, cfg.QEMU, a)
+	b.kernel, errs[1] = findKernel(cfg.StateDir, cfg.Kernel, a)
+	b.shell, errs[2] = findShell(cfg.StateDir, cfg.Busybox, a)
+	if !b.native && cfg.AgentBinary == "" {
+		errs[3] = checkAgent(a)
+	}
+	return b, errors.Join(errs[:]...)
+}
+
+// missingOf returns the *MissingErrors that findBase joined, or nil if there is
+// another error among them.
+func missingOf(err error) (all []*MissingError) {
+	joined, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return nil
+	}
+	for _, e := range joined.Unwrap() {
+		var m *MissingError
+		if !errors.As(e, &m) {
+			return nil
+		}
+		all = append(all, m)
+	}
+	return all
+}
+
+// findBases finds what the Runner's guests are made of: the host's own
+// architecture, without which there is no Runner, and those others that are set
+// up, or that cfg.Systems wants.
+func (r *Runner) findBases() error {
+	host, err := hostArch()
+	if err != nil {
+		return err
+	}
+	if r.native, err = findBase(r.life, &r.cfg, host); err != nil {
+		return firstMissing(err)
+	}
+	r.bases = []*base{r.native}
+	for _, a := range arches {
+		if a == host || r.cfg.Accel == "kvm" {
+			continue
+		}
+		b, err := findBase(r.life, &r.cfg, a)
+		missing := missingOf(err)
+		switch {
+		case err == nil:
+			r.bases = append(r.bases, b)
+		case missing == nil || slices.ContainsFunc(a.systems, func(s string) bool { return slices.Contains(r.cfg.Systems, s) }):
+			return fmt.Errorf("set up %s: %w", a.systems[0], firstMissing(err))
+		default:
+			r.lacking[a] = missing
+		}
+	}
+	return nil
+}
+
+// firstMissing returns an error that is first told of, whose hint is one.
+func firstMissing(err error) error {
+	if all := missingOf(err); all != nil {
+		return all[0]
+	}
+	return err
+}
+
+// builtinSystem is that of derivations whose builder is our own, which runs
+// anywhere.
+const builtinSystem = "builtin"
+
+// baseOf returns what guests for a system are made of, nil if it is not offered.
+func (r *Runner) baseOf(system string) *base {
+	if system == builtinSystem {
+		return r.native
+	}
+	if len(r.cfg.Systems) > 0 && !slices.Contains(r.cfg.Systems, system) {
+		return nil
+	}
+	for _, b := range r.bases {
+		if slices.Contains(b.arch.systems, system) && b.broken.Load() == nil {
+			return b
+		}
+	}
+	return nil
+}
+
+// A System is one for which guests can build, or could.
+type System struct {
+	// Name is as Nix has it, for example "aarch64-linux".
+	Name string `json:"name"`
+	// Offered reports that builds for it are taken. Else WhyNot says how that
+	// could be, in words for the operator, who may have switched it off.
+	Offered     bool   `json:"offered"`
+	SwitchedOff bool   `json:"switchedOff,omitempty"`
+	WhyNot      string `json:"whyNot,omitempty"`
+	// Accel is "kvm" or "tcg", "" while that is not known yet; WhyNotKVM is empty
+	// under KVM.
+	Accel     string `json:"accel,omitempty"`
+	WhyNotKVM string `json:"whyNotKvm,omitempty"`
+	// QEMU and Kernel are versions, for people.
+	QEMU   string `json:"qemu,omitempty"`
+	Kernel string `json:"kernel,omitempty"`
+}
+
+// Systems tells of each system whether it is offered, without booting anything.
+func (r *Runner) Systems() []System {
+	var list []System
+	for _, b := range r.bases {
+		for _, name := range b.arch.systems {
+			s := System{Name: name, Offered: true, QEMU: b.qemu.Version, Kernel: b.kernel.Name}
+			if why := b.broken.Load(); why != nil {
+				s.Offered, s.WhyNot = false, (*why).Error()
+			} else if r.baseOf(name) == nil {
+				s.Offered, s.SwitchedOff, s.WhyNot = false, true, "it is switched off (--systems)"
+			}
+			if p := b.found.Load(); p != nil {
+				s.Accel, s.WhyNotKVM = p.accel, p.notKVM
+			} else if !b.native {
+				s.Accel, s.WhyNotKVM = "tcg", b.notNative()
+			}
+			list = append(list, s)
+		}
+	}
+	for _, a := range arches {
+		if slices.ContainsFunc(r.bases, func(b *base) bool { return b.arch == a }) {
+			continue
+		}
+		why := "guests are not to be emulated (--accel kvm)"
+		if missing := r.lacking[a]; missing != nil {
+			why = missingText(missing)
+		}
+		for _, name := range a.systems {
+			list = append(list, System{Name: name, WhyNot: why})
+		}
+	}
+	return list
+}
+
+// missingText tells what is missing and how to get it.
+func missingText(all []*MissingError) string {
+	texts := make([]string, len(all))
+	for i, m := range all {
+		texts[i] = m.Error()
+	}
+	return "it is not set up: " + strings.Join(texts, "; ")
+}
+
+// notNative says why guests are emulated although there may be KVM.
+func (b *base) notNative() string {
+	return fmt.Sprintf("the processors of this machine are %s and not %s", hostArchName(), b.arch.name)
+}
+
+// initProgram returns the path of the program that becomes the guests' init,
+// and what removes it if it is there for this only.
+func (b *base) initProgram(cfg *Config) (path string, remove func() error, err error) {
+	switch {
+	case b.native:
+		return cfg.Binary, func() error { return nil }, nil
+	case cfg.AgentBinary != "":
+		return cfg.AgentBinary, func() error { return nil }, nil
+	}
+	path, err = unpackAgent(cfg.RuntimeDir, b.arch)
+	return path, func() error { return os.Remove(path) }, err
+}
+
+// besideOrInPath returns the file name of an emulator: the one that is
+// configured, for the host's own guests, and for others what lies beside it.
+func besideOrInPath(configured string, a *arch) string {
+	switch {
+	case configured == "":
+		return a.qemu
+	case a.name == hostArchName():
+		return configured
+	}
+	if beside := filepath.Join(filepath.Dir(configured), a.qemu); strings.Contains(configured, "/") {
+		if _, err := os.Stat(beside); err == nil {
+			return beside
+		}
+	}
+	return a.qemu
+}
