@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -26,10 +27,23 @@ import (
 
 const cgroupMount = "/sys/fs/cgroup"
 
+const (
+	// maxTasks bounds the threads of a QEMU, which has one for each processor and
+	// some dozens for its disks.
+	maxTasks = 512
+	// guestWeight is the part of the processors that a guest gets when many want
+	// them, where others, such as the server, have 100 (1,024 in v1).
+	guestWeight = 20
+	guestShares = 1024 * guestWeight / 100
+)
+
 // A cgroupFactory makes the cgroups of guests.
 type cgroupFactory interface {
-	// create makes an empty cgroup whose processes may use that much memory.
+	// create makes an empty cgroup whose processes may use that much memory. It
+	// bounds tasks, and weighs processors, too, if the machine can.
 	create(name string, memoryMiB int) (cgroup, error)
+	// memoryOnly has create do without the rest.
+	memoryOnly()
 	// load returns a cgroup that exists.
 	load(name string) (cgroup, error)
 	// dir is the folder in which the cgroups lie.
@@ -48,31 +62,43 @@ type cgroup interface {
 	outOfMemory() bool
 }
 
-// newCgroups returns the factory for this machine, and why there is none
-// otherwise.
-func newCgroups() (cgroupFactory, error) {
+// newCgroups returns the factory for this machine, and what it cannot do; or why
+// there is none.
+func newCgroups() (_ cgroupFactory, weak string, _ error) {
 	var f cgroupFactory
 	var err error
 	switch cgroups.Mode() {
 	case cgroups.Unified:
 		f, err = newCgroups2()
 	case cgroups.Legacy, cgroups.Hybrid:
-		f = cgroups1{}
+		f = &cgroups1{}
 	default:
-		return nil, errors.New("no cgroups are mounted on " + cgroupMount)
+		return nil, "", errors.New("no cgroups are mounted on " + cgroupMount)
 	}
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	// Whether it is permitted shows only when it is done.
+	if err := tryCgroup(f); err != nil {
+		weak = "guests may start threads, and use processors, as the server itself: " + err.Error()
+		f.memoryOnly()
+		if err := tryCgroup(f); err != nil {
+			return nil, "", errors.Join(err, f.close())
+		}
+	}
+	if err := sweepCgroups(f); err != nil {
+		return nil, "", errors.Join(err, f.close())
+	}
+	return f, weak, nil
+}
+
+// tryCgroup makes a cgroup and removes it.
+func tryCgroup(f cgroupFactory) error {
 	g, err := f.create(cgroupName(os.Getpid(), guestCount.Add(1)), 64)
 	if err != nil {
-		return nil, errors.Join(err, f.close())
+		return err
 	}
-	if err := errors.Join(g.destroy(), sweepCgroups(f)); err != nil {
-		return nil, errors.Join(err, f.close())
-	}
-	return f, nil
+	return g.destroy()
 }
 
 // cgroupName names the n-th cgroup of a server by its process id.
@@ -107,36 +133,42 @@ func sweepCgroups(f cgroupFactory) error {
 	return errors.Join(errs...)
 }
 
-// cgroups1 makes groups in the memory hierarchy of cgroups v1.
-type cgroups1 struct{}
+// cgroups1 makes groups in the hierarchies of cgroups v1.
+type cgroups1 struct{ memory bool } // alone
 
-func memoryHierarchy() ([]cgroup1.Subsystem, error) {
-	return []cgroup1.Subsystem{cgroup1.NewMemory(cgroupMount)}, nil
+func (c *cgroups1) memoryOnly() { c.memory = true }
+
+func (c *cgroups1) hierarchy() ([]cgroup1.Subsystem, error) {
+	all := []cgroup1.Subsystem{cgroup1.NewMemory(cgroupMount)}
+	if !c.memory {
+		all = append(all, cgroup1.NewPids(cgroupMount), cgroup1.NewCpu(cgroupMount))
+	}
+	return all, nil
 }
 
-func (cgroups1) create(name string, memoryMiB int) (cgroup, error) {
-	limit := int64(memoryMiB) << 20
-	g, err := cgroup1.New(cgroup1.NestedPath(name),
-		&specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &limit}},
-		cgroup1.WithHierarchy(memoryHierarchy))
+func (c *cgroups1) create(name string, memoryMiB int) (cgroup, error) {
+	limit, tasks, shares := int64(memoryMiB)<<20, int64(maxTasks), uint64(guestShares)
+	g, err := cgroup1.New(cgroup1.NestedPath(name), &specs.LinuxResources{
+		Memory: &specs.LinuxMemory{Limit: &limit}, Pids: &specs.LinuxPids{Limit: &tasks}, CPU: &specs.LinuxCPU{Shares: &shares},
+	}, cgroup1.WithHierarchy(c.hierarchy))
 	if err != nil {
 		return nil, fmt.Errorf("create cgroup: %w", err)
 	}
-	if len(g.Subsystems()) == 0 {
-		return nil, errors.New("create cgroup: no memory controller")
+	if !slices.ContainsFunc(g.Subsystems(), func(s cgroup1.Subsystem) bool { return s.Name() == cgroup1.Memory }) {
+		return nil, errors.Join(errors.New("create cgroup: no memory controller"), g.Delete())
 	}
 	return &group1{g}, nil
 }
 
-func (cgroups1) load(name string) (cgroup, error) {
-	g, err := cgroup1.Load(cgroup1.NestedPath(name), cgroup1.WithHierarchy(memoryHierarchy))
+func (c *cgroups1) load(name string) (cgroup, error) {
+	g, err := cgroup1.Load(cgroup1.NestedPath(name), cgroup1.WithHierarchy(c.hierarchy))
 	if err != nil {
 		return nil, fmt.Errorf("load cgroup %s: %w", name, err)
 	}
 	return &group1{g}, nil
 }
 
-func (cgroups1) dir() (string, error) {
+func (*cgroups1) dir() (string, error) {
 	own, err := cgroup1.NestedPath("")(cgroup1.Memory)
 	if err != nil {
 		return "", fmt.Errorf("find own cgroup: %w", err)
@@ -144,7 +176,7 @@ func (cgroups1) dir() (string, error) {
 	return filepath.Join(cgroupMount, string(cgroup1.Memory), own), nil
 }
 
-func (cgroups1) close() error { return nil }
+func (*cgroups1) close() error { return nil }
 
 type group1 struct{ g cgroup1.Cgroup }
 
@@ -174,7 +206,10 @@ func (g *group1) outOfMemory() bool {
 type cgroups2 struct {
 	mount, parent string
 	made          bool // parent was made by us
+	memory        bool // alone
 }
+
+func (c *cgroups2) memoryOnly() { c.memory = true }
 
 func newCgroups2() (*cgroups2, error) {
 	parent, err := delegated()
@@ -220,9 +255,12 @@ func moveAside(mount, own string) error {
 }
 
 func (c *cgroups2) create(name string, memoryMiB int) (cgroup, error) {
-	limit := int64(memoryMiB) << 20
-	m, err := cgroup2.NewManager(c.mount, filepath.Join(c.parent, name),
-		&cgroup2.Resources{Memory: &cgroup2.Memory{Max: &limit}})
+	limit, weight := int64(memoryMiB)<<20, uint64(guestWeight)
+	want := &cgroup2.Resources{Memory: &cgroup2.Memory{Max: &limit}}
+	if !c.memory {
+		want.Pids, want.CPU = &cgroup2.Pids{Max: maxTasks}, &cgroup2.CPU{Weight: &weight}
+	}
+	m, err := cgroup2.NewManager(c.mount, filepath.Join(c.parent, name), want)
 	if err != nil {
 		return nil, fmt.Errorf("create cgroup: %w", err)
 	}

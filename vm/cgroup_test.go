@@ -11,7 +11,7 @@ import (
 // goes with what is in it. Where groups are not permitted there must be a
 // reason.
 func TestCgroup(t *testing.T) {
-	f, err := newCgroups()
+	f, weak, err := newCgroups()
 	if err != nil {
 		if os.Geteuid() == 0 {
 			t.Logf("no cgroups, though root: %v", err)
@@ -26,6 +26,7 @@ func TestCgroup(t *testing.T) {
 			t.Error(err)
 		}
 	}()
+	t.Logf("weaknesses: %q", weak)
 	t.Run("limit", func(t *testing.T) {
 		g, err := f.create(cgroupName(os.Getpid(), 1<<40), 32)
 		if err != nil {

@@ -62,7 +62,9 @@ func startProcess(c command) (*process, error) {
 		return nil, fmt.Errorf("start %s: %w", c.path, err)
 	}
 	if err := p.bound(c); err != nil {
-		p.stop()
+		if undead := p.stop(); undead != nil {
+			return nil, fmt.Errorf("start %s: %w", c.path, errors.Join(err, undead))
+		}
 		return nil, fmt.Errorf("start %s: %w (%s)", c.path, err, p.exit())
 	}
 	return p, nil
@@ -116,10 +118,26 @@ func (p *process) kill() {
 	_ = p.cmd.Process.Kill()
 }
 
-// stop kills the process and waits until it is reaped.
-func (p *process) stop() {
+// stopPatience is how long a killed process may take to end. It takes that long
+// only if the kernel waits for a device that does not answer.
+const stopPatience = time.Minute
+
+// errUndead says that a process does not end though it was killed.
+var errUndead = errors.New("QEMU does not end though it was killed")
+
+// stop kills the process and waits until it is reaped, or errUndead.
+func (p *process) stop() error { return p.stopWithin(stopPatience) }
+
+func (p *process) stopWithin(patience time.Duration) error {
 	p.kill()
-	<-p.done
+	late := time.NewTimer(patience)
+	defer late.Stop()
+	select {
+	case <-p.done:
+		return nil
+	case <-late.C:
+		return fmt.Errorf("process %d: %w", p.pid(), errUndead)
+	}
 }
 
 // exit says how the process ended, for error messages. It may be called after

@@ -2,6 +2,7 @@ package vm
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -193,6 +194,9 @@ func (q *qmp) do(ctx context.Context, name string, args map[string]any, fd *os.F
 	if fd != nil {
 		rights = syscall.UnixRights(int(fd.Fd()))
 	}
+	// The connection is of no more use when ctx ends: a reply may still come.
+	stop := context.AfterFunc(ctx, func() { q.conn.Close() })
+	defer stop()
 	if _, _, err := q.conn.WriteMsgUnix(append(line, '\n'), rights, nil); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
@@ -209,10 +213,8 @@ func (q *qmp) do(ctx context.Context, name string, args map[string]any, fd *os.F
 		}
 		return nil
 	case <-q.done:
-		return fmt.Errorf("%s: %w", name, q.err)
+		return fmt.Errorf("%s: %w", name, cmp.Or(context.Cause(ctx), q.err))
 	case <-ctx.Done():
-		// The reply may still come: the connection is of no more use.
-		q.conn.Close()
 		return fmt.Errorf("%s: %w", name, context.Cause(ctx))
 	}
 }

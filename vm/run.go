@@ -400,14 +400,14 @@ func (f *following) hear(m link.Message) error {
 		}
 		return f.b.checkHostDisk()
 	case *link.Started:
-		if f.w.phase != phaseOrdered {
+		if !f.b.result.Start.IsZero() {
 			return errors.New("the guest's agent said twice that the builder runs")
 		}
 		f.w.enter(phaseRunning, now)
 		f.b.faulty.at(fault.QEMURun, fault.QEMUStop)
 		f.b.result.Start = now
 	case *link.Outputs:
-		if f.w.phase == phaseOrdered || f.sent != nil {
+		if f.b.result.Start.IsZero() || f.sent != nil {
 			return errors.New("the guest's agent told of outputs out of turn")
 		}
 		f.w.enter(phaseSending, now)
