@@ -51,15 +51,17 @@ func orderBuild(spec *Spec, lookup derivationLookup) (*link.BuildOrder, error) {
 	if err != nil {
 		return nil, specErrorf("%v", err)
 	}
-	if strings.HasPrefix(drv.Builder, "builtin:") {
-		return nil, specErrorf("derivation '%s' has the builder '%s', which this server does not have", spec.DrvPath, drv.Builder)
-	}
 	opts, err := parseBuildOptions(drv)
 	if err != nil {
 		return nil, err
 	}
 	if err := opts.checkPure(spec.DrvPath); err != nil {
 		return nil, err
+	}
+	order := newOrder(spec, opts, kind)
+	if strings.HasPrefix(drv.Builder, link.BuiltinPrefix) {
+		order.Env = variables(drv.Env)
+		return order, checkOrder(order)
 	}
 	env := baseEnvironment(spec.Cores)
 	files := map[string][]byte{}
@@ -73,10 +75,17 @@ func orderBuild(spec *Spec, lookup derivationLookup) (*link.BuildOrder, error) {
 		return nil, err
 	}
 	finishEnvironment(env, kind, opts)
+	fillOrder(order, spec, env, files)
+	return order, checkOrder(order)
+}
+
+// newOrder returns an order that lacks what the builder is told.
+func newOrder(spec *Spec, opts *buildOptions, kind nixproto.DerivationKind) *link.BuildOrder {
 	order := &link.BuildOrder{
 		DrvPath:      string(spec.DrvPath),
-		System:       drv.System,
-		Builder:      drv.Builder,
+		System:       spec.Drv.System,
+		Builder:      spec.Drv.Builder,
+		FixedOutput:  kind == nixproto.FixedOutput,
 		KVM:          opts.kvm,
 		CPUs:         spec.Cores,
 		MemoryMiB:    spec.MemoryMiB,
@@ -88,8 +97,15 @@ func orderBuild(spec *Spec, lookup derivationLookup) (*link.BuildOrder, error) {
 	for _, o := range spec.Outputs {
 		order.Outputs = append(order.Outputs, link.Output{Name: o.Name, Path: string(o.Path)})
 	}
-	fillOrder(order, spec, env, files)
-	return order, checkOrder(order)
+	return order
+}
+
+// variables returns an environment as a program gets it.
+func variables(env map[string]string) (list [][]byte) {
+	for _, name := range slices.Sorted(maps.Keys(env)) {
+		list = append(list, []byte(name+"="+env[name]))
+	}
+	return list
 }
 
 // baseEnvironment is what a derivation may override.

@@ -199,7 +199,6 @@ func TestOrderRefuses(t *testing.T) {
 		edit func(*Spec)
 		want string
 	}{
-		{"builtin", func(s *Spec) { s.Drv.Builder = "builtin:fetchurl" }, "has the builder 'builtin:fetchurl'"},
 		{"no outputs", func(s *Spec) { s.Drv.Outputs = nil }, "output"},
 		{"__noChroot", func(s *Spec) { s.Drv.Env["__noChroot"] = "1" },
 			"derivation '/nix/store/s66mzxpvicwk07gjbjfw9izjfa797vsw-x.drv' has '__noChroot' set, but that's not allowed when 'sandbox' is 'true'"},
@@ -234,6 +233,28 @@ func TestOrderRefuses(t *testing.T) {
 				t.Errorf("got %v, want a SpecError with %q", err, tt.want)
 			}
 		})
+	}
+}
+
+// A builtin builder is given the attributes as they are.
+func TestOrderForBuiltin(t *testing.T) {
+	spec := plainSpec(map[string]string{"url": "http://x", "passAsFile": "url", "exportReferencesGraph": "", "out": nixproto.Placeholder("out"), "PATH": "p"})
+	spec.Drv.Builder, spec.Drv.System = "builtin:fetchurl", "builtin"
+	order, err := orderBuild(spec, noDerivations)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"PATH=p", "exportReferencesGraph=", "out=" + nixproto.Placeholder("out"), "passAsFile=url", "url=http://x"}
+	var got []string
+	for _, e := range order.Env {
+		got = append(got, string(e))
+	}
+	if diff := cmp.Diff(want, got); diff != "" || len(order.Args)+len(order.Files) > 0 || order.FixedOutput {
+		t.Errorf("%s\n%+v", diff, order)
+	}
+	spec.Drv.Env["__noChroot"] = "1"
+	if _, err := orderBuild(spec, noDerivations); err == nil {
+		t.Error("it may leave the sandbox")
 	}
 }
 

@@ -3,14 +3,11 @@ package guest
 import (
 	"os"
 	"testing"
-
-	"nbd/vm/link"
 )
 
-// TestMain lets the test binary be the first process of a sandbox, as nbd is.
+// TestMain lets the test binary be the first process of a sandbox, or a builtin
+// builder, as nbd is.
 func TestMain(m *testing.M) {
-	if os.Args[0] == link.SandboxArg0 {
-		Sandbox()
-	}
+	Enter()
 	os.Exit(m.Run())
 }

@@ -126,7 +126,7 @@ const maxStatus = 4096
 func (s *sandbox) begin(st *stage, order *link.BuildOrder) error {
 	err := json.NewEncoder(s.plan).Encode(&plan{
 		Root: st.root(), Build: st.build(), Binds: st.binds,
-		System: order.System, Builder: order.Builder, Args: order.Args, Env: order.Env,
+		System: order.System, Builder: order.Builder, Args: order.Args, Env: order.Env, Builtin: builtinOrder(order),
 	})
 	if errors.Is(err, syscall.EPIPE) { // then it has ended, and says why
 		err = nil

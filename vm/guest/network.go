@@ -46,7 +46,7 @@ func (s *stage) makeNetworkFiles(n *link.Network) error {
 			return err
 		}
 	}
-	return nil
+	return s.makeCertificates(n.Certificates)
 }
 
 // startNetwork gives the build its network.

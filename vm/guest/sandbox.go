@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"nbd/vm/guest/builtin"
 	"nbd/vm/link"
 )
 
@@ -33,6 +34,7 @@ type plan struct {
 	System      string
 	Builder     string
 	Args, Env   [][]byte
+	Builtin     *builtin.Order // instead of Builder, Args and Env
 }
 
 // sandboxCaps are what the first process keeps through its own execve, which
@@ -122,7 +124,7 @@ func prepare() error {
 // warmPlan has encoding and decoding know what a plan is, as link.Warm does for
 // messages.
 func warmPlan() error {
-	b, err := json.Marshal(&plan{Binds: []bind{{}}, Args: [][]byte{{0}}, Env: [][]byte{{0}}})
+	b, err := json.Marshal(&plan{Binds: []bind{{}}, Args: [][]byte{{0}}, Env: [][]byte{{0}}, Builtin: &builtin.Order{}})
 	if err != nil {
 		return err
 	}
@@ -219,6 +221,9 @@ func (p *plan) become() error {
 	}
 	if err := installSeccomp(); err != nil {
 		return fmt.Errorf("filter system calls: %w", err)
+	}
+	if p.Builtin != nil {
+		return becomeBuiltin(p.Builtin)
 	}
 	err := syscall.Exec(p.Builder, texts(p.Args), texts(p.Env))
 	fmt.Fprintf(os.Stderr, "error: executing '%s': %s\n", p.Builder, errnoText(err))

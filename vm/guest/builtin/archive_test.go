@@ -18,6 +18,8 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/ulikunitz/xz"
 	"github.com/ulikunitz/xz/lzma"
+
+	"nbd/vm/link"
 )
 
 // What is wanted in these tests is what builtin:unpack-channel of Nix 2.34 made,
@@ -144,7 +146,7 @@ func unpack(t testing.TB, archive []byte) (made []string, log string) {
 
 // orderOf returns an order with attributes: names and values in turn.
 func orderOf(name, out string, attrs ...string) *Order {
-	o := &Order{Builder: Prefix + name, Outputs: map[string]string{"out": out}}
+	o := &Order{Builder: link.BuiltinPrefix + name, Outputs: map[string]string{"out": out}}
 	for pair := range slices.Chunk(attrs, 2) {
 		o.Attrs = append(o.Attrs, []byte(pair[0]+"="+pair[1]))
 	}

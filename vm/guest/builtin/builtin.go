@@ -25,15 +25,14 @@ import (
 	"io"
 	"strings"
 	"syscall"
-)
 
-// Prefix begins the builder of a derivation that wants a builtin one.
-const Prefix = "builtin:"
+	"nbd/vm/link"
+)
 
 // An Order says what to do. Strings may hold any bytes; JSON would mend what is
 // not UTF-8, so they travel as bytes.
 type Order struct {
-	// Builder is the derivation's, with Prefix.
+	// Builder is the derivation's, with link.BuiltinPrefix.
 	Builder string
 	// Attrs are the derivation's attributes, each "NAME=value".
 	Attrs [][]byte
@@ -83,7 +82,7 @@ func Run(ctx context.Context, o *Order, log io.Writer) (status int) {
 }
 
 func run(ctx context.Context, o *Order, log *logger) error {
-	switch name := strings.TrimPrefix(o.Builder, Prefix); name {
+	switch name := strings.TrimPrefix(o.Builder, link.BuiltinPrefix); name {
 	case "buildenv":
 		return buildEnvironment(o, log)
 	case "fetchurl":
