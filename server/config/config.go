@@ -63,6 +63,7 @@ var Guest = []Setting{
 	{"kernel", "", "kernel of the guests: a file, or a name that nbd kernel list prints (default: the first)"},
 	{"qemu", "", "qemu-system-x86_64 (default: searched in PATH)"},
 	{"sandbox-shell", "", "static shell that is /bin/sh in a build (default: busybox, searched)"},
+	{"certificates", "", "PEM file with the authorities that builds of fixed outputs trust (default: searched)"},
 	{"cold-boot", false, "boot every guest instead of restoring a booted template"},
 }
 
