@@ -186,14 +186,16 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	storeConfig := store.Config{ServerName: name, MinFree: cmp.Or(int64(cfg.Number("min-free"))<<20, -1),
 		KeepLogs: config.Get[time.Duration](cfg, "keep-logs"), PublicKeys: publicKeys, Logger: log}
 	builds := server.BuildsConfig{CPUs: cfg.Number("default-cpu"), MemoryMiB: cfg.Number("default-mem"),
-		MaxMemoryMiB: cfg.Number("max-mem"), ScratchMiB: cfg.Number("scratch"), Logger: log, Generation: cfg.Number("sandbox-generation"),
+		MaxMemoryMiB: cfg.Number("max-mem"), ScratchMiB: cfg.Number("scratch"), MaxScratchMiB: cfg.Number("max-scratch"), Logger: log, Generation: cfg.Number("sandbox-generation"),
 		Room: server.Room{Guests: cfg.Number("max-guests"), MemoryMiB: cfg.Number("memory")}}
 	front := server.Config{Version: server.Version(), Logger: log, TempDir: filepath.Join(state, "tmp"), Ciphers: cfg.List("ciphers"), MaxUnauthenticated: cfg.Number("max-unauthenticated"),
 		Settings: cfg.SystemSettings(), TrustedKeys: publicKeys,
 		HandshakeTimeout: config.Get[time.Duration](cfg, "handshake-timeout"), KeepAlive: config.Get[time.Duration](cfg, "keep-alive")}
-	rule, err := egress.ParseRule(cfg.List("allow-addresses"))
-	if err != nil {
+	if _, err := egress.ParseRule(cfg.List("allow-addresses")); err != nil {
 		return &adminapi.HintError{Err: err, Hint: "write 10.1.0.0/16, 10.1.2.3:8080 or cache.example:8080"}
+	}
+	if builds.Network, err = cfg.Network(); err != nil {
+		return err
 	}
 	grace := config.Get[time.Duration](cfg, "drain-timeout")
 	listener, err := net.Listen("tcp", cfg.Text("ssh-listen"))
@@ -219,9 +221,10 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 		return err
 	}
 	defer closeLogged(log, "the guests", runner)
-	caches := upstream.New(upstream.Config{Rule: rule, UserAgent: "nbd/" + server.Version(), Logger: log})
+	caches := upstream.New(upstream.Config{UserAgent: "nbd/" + server.Version(), Logger: log})
 	defer caches.Close()
 	builds.Store, builds.Runner = st, runner
+	builds.Machine = server.NewMachine(state, cfg.Number("min-free"), runner.Load, log)
 	front.Store, front.Substituter = st, server.NewSubstituter(st, caches, log)
 	builds.Substituter = front.Substituter
 	d, err := server.NewDaemon(ctx, server.DaemonConfig{State: state, Server: front, Builds: builds, Guests: runner, Logger: log})

@@ -219,7 +219,8 @@ func newBuildTestOn(t *testing.T, dir string, change func(*BuildsConfig)) *build
 	})
 	bt := &buildTest{t: t, dir: dir, st: st, drvFiles: map[nixproto.StorePath]*nixproto.Derivation{}, runner: &fakeRunner{acts: map[string]func(*fakeRun) error{}, runs: map[string]int{}}}
 	bt.modulo = nixproto.NewModulo(func(p nixproto.StorePath) (*nixproto.Derivation, error) { return bt.drvFiles[p], nil })
-	cfg := BuildsConfig{Store: st, Runner: bt.runner, Room: Room{Guests: 4, MemoryMiB: 1 << 20, CPUs: 1000}}
+	cfg := BuildsConfig{Store: st, Runner: bt.runner, Room: Room{Guests: 4, MemoryMiB: 1 << 20, CPUs: 1000},
+		ScratchMiB: 1024, MaxScratchMiB: 1024, MachineCPUs: 8}
 	if testing.Verbose() {
 		cfg.Logger = slog.New(slog.NewTextHandler(t.Output(), nil))
 	}

@@ -170,7 +170,7 @@ func (m *modelTest) open(dir string) {
 		r.acts[d.drv.Name] = m.run
 	}
 	m.dir, m.st, m.runner = dir, st, r
-	m.Builds, err = NewBuilds(context.Background(), BuildsConfig{Store: st, Runner: r, Room: Room{Guests: 20, MemoryMiB: 1 << 20, CPUs: 1000}, MemoryMiB: 1000, MaxMemoryMiB: 2000})
+	m.Builds, err = NewBuilds(context.Background(), BuildsConfig{Store: st, Runner: r, Room: Room{Guests: 20, MemoryMiB: 1 << 20, CPUs: 1000}, MemoryMiB: 1000, MaxMemoryMiB: 2000, ScratchMiB: 1024, MaxScratchMiB: 1024})
 	if err != nil {
 		m.t.Fatal(err)
 	}

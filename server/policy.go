@@ -22,13 +22,18 @@ type policy struct {
 	// restarts is how often a transient end is tried again.
 	restarts int
 
-	cpus                    int
+	// What a guest has at first if nothing is known of its package, and at most.
+	cpus, maxCPUs           int
 	memoryMiB, maxMemoryMiB int
 
 	// maxRunning bounds the builds of the account that are under way; 0 is no
 	// bound. monthly is the CPU time of a month, in hours; nil is no bound.
 	maxRunning int
 	monthly    *float64
+
+	// reach are the addresses beside public ones that a fixed output may be
+	// fetched from.
+	reach []string
 
 	tags map[string]string
 }
@@ -56,6 +61,7 @@ func (b *Builds) policyOf(e *settings.Effective) policy {
 		maxRunning: e.MaxRunningBuilds,
 		monthly:    e.MaxCPUHoursPerMonth,
 		tags:       e.Tags,
+		reach:      e.AllowAddresses,
 	}
 	top := b.cfg.Limits
 	p.limits = Limits{
@@ -69,6 +75,10 @@ func (b *Builds) policyOf(e *settings.Effective) policy {
 		cpus = b.cfg.CPUs
 	}
 	p.cpus = max(1, min(e.CPUs(cpus), b.cfg.Room.CPUs))
+	p.maxCPUs = max(p.cpus, min(b.cfg.MachineCPUs, b.cfg.Room.CPUs))
+	if e.MaxCPU > 0 {
+		p.maxCPUs = max(p.cpus, min(p.maxCPUs, e.MaxCPU))
+	}
 	p.maxMemoryMiB = b.cfg.MaxMemoryMiB
 	if e.MaxMem > 0 {
 		p.maxMemoryMiB = min(p.maxMemoryMiB, e.MaxMem)

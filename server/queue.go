@@ -49,12 +49,18 @@ func (r *Room) sub(n Room) { r.add(Room{-n.Guests, -n.MemoryMiB, -n.CPUs}) }
 // since it was served; within an account it is first come, first served. A build
 // for which several accounts wait has its place with each of them and starts in
 // the best, with the most resources that one of them wants and that are free.
-// Methods are safe for concurrent use.
+// What is free is counted by what guests may take, and is what the machine really
+// has (machine.go) if that is less. Methods are safe for concurrent use.
 type queue struct {
-	total Room // does not change
+	total   Room     // does not change
+	machine *Machine // nil if only total counts
 
 	mu       sync.Mutex // guards all below
 	free     Room
+	running  int
+	writes   int                               // MiB that running builds are expected to write
+	short    string                            // what the machine had too little of at the last look; "" if nothing
+	again    *time.Timer                       // of the next look; nil if nobody waits for it
 	accounts map[store.AccountID]*queueAccount // those that wait or run
 	turn     uint64                            // counts starts and accounts that came
 	closing  chan struct{}                     // closed by close
@@ -71,10 +77,24 @@ type queueAccount struct {
 
 // A want is what the guest of a build would take for one request that waits.
 type want struct {
-	account   store.AccountID
-	build     store.BuildID // the request's
-	need      Room
-	memoryMiB int // of the guest
+	account store.AccountID
+	build   store.BuildID // the request's
+	need    Room
+	// leastCPUs is what it begins with if that is free and need.CPUs are not; 0 is
+	// need.CPUs.
+	leastCPUs          int
+	memoryMiB, diskMiB int // of the guest
+	// writesMiB is how much it is expected to write to the host's disk.
+	writesMiB int
+}
+
+// within returns the want with as many CPUs as are free, down to leastCPUs, and
+// what it lacks.
+func (w want) within(free Room) (want, string) {
+	if w.leastCPUs > 0 && w.need.CPUs > free.CPUs {
+		w.need.CPUs = max(free.CPUs, w.leastCPUs)
+	}
+	return w, free.lacks(w.need)
 }
 
 // A ticket is one build that waits.
@@ -94,7 +114,7 @@ type ticket struct {
 // fits returns the largest want that fits into free room.
 func (t *ticket) fits(free Room) (want, bool) {
 	for _, w := range t.wants {
-		if free.lacks(w.need) == "" {
+		if w, lacks := w.within(free); lacks == "" {
 			return w, true
 		}
 	}
@@ -109,7 +129,7 @@ func (t *ticket) waitsFor(a store.AccountID) bool {
 // A queuePlace is where a build stands in the queue.
 type queuePlace struct {
 	ahead int    // builds that start before it
-	lacks string // what there is not enough of: "guests", "memory" or "CPUs"
+	lacks string // what there is not enough of: see QueuedBuild.Lacks
 }
 
 func (p queuePlace) String() string {
@@ -122,8 +142,8 @@ func (p queuePlace) String() string {
 	return fmt.Sprintf("waiting for free %s: %d builds are ahead", p.lacks, p.ahead)
 }
 
-func newQueue(total Room) *queue {
-	return &queue{total: total, free: total, accounts: make(map[store.AccountID]*queueAccount), closing: make(chan struct{})}
+func newQueue(total Room, m *Machine) *queue {
+	return &queue{total: total, machine: m, free: total, accounts: make(map[store.AccountID]*queueAccount), closing: make(chan struct{})}
 }
 
 // close ends the waiting of all builds, and of those that come.
@@ -134,6 +154,9 @@ func (q *queue) close() {
 	case <-q.closing:
 	default:
 		close(q.closing)
+	}
+	if q.again != nil {
+		q.again.Stop()
 	}
 }
 
@@ -206,7 +229,7 @@ func (q *queue) update(t *ticket, list []want) error {
 	before := t.wants
 	t.wants = nil
 	for _, w := range list {
-		if lacks := q.total.lacks(w.need); lacks != "" {
+		if _, lacks := w.within(q.total); lacks != "" {
 			never = &errTooLarge{lacks, w.need, q.total}
 			continue
 		}
@@ -270,6 +293,8 @@ func (q *queue) release(got want) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.free.add(got.need)
+	q.writes -= got.writesMiB
+	q.running--
 	q.accounts[got.account].running--
 	q.forgetLocked(got.account)
 	q.dispatchLocked()
@@ -289,10 +314,12 @@ func (q *queue) dispatchLocked() {
 		return
 	default:
 	}
+	look := q.machine.look() // once, for all that start now
 	for {
 		order := q.orderLocked()
-		next, got := q.nextLocked(order)
+		next, got := q.nextLocked(order, look)
 		if next == nil {
+			q.lookAgainLocked()
 			q.tellLocked(order)
 			return
 		}
@@ -303,6 +330,8 @@ func (q *queue) dispatchLocked() {
 		q.turn++
 		next.served = q.turn
 		q.free.sub(got.need)
+		q.writes += got.writesMiB
+		q.running++
 		for _, w := range t.wants {
 			q.withdrawLocked(t, w.account)
 		}
@@ -326,19 +355,60 @@ func (q *queue) orderLocked() []*queueAccount {
 
 // nextLocked returns the first account whose first build fits, and what that is
 // given. Builds that do not fit are passed by it, each a few times only.
-func (q *queue) nextLocked(order []*queueAccount) (*queueAccount, want) {
+func (q *queue) nextLocked(order []*queueAccount, look func() (machineRoom, bool)) (*queueAccount, want) {
+	q.short = ""
 	for i, a := range order {
-		if got, ok := a.waiting[0].fits(q.free); ok {
-			for _, passed := range order[:i] {
-				passed.waiting[0].passed++
+		got, ok := a.waiting[0].fits(q.free)
+		if ok {
+			lacks := q.machineLacksLocked(got, look)
+			if lacks == "" {
+				for _, passed := range order[:i] {
+					passed.waiting[0].passed++
+				}
+				return a, got
 			}
-			return a, got
+			q.short = lacks
 		}
 		if a.waiting[0].passed >= maxPassed {
 			return nil, want{}
 		}
 	}
 	return nil, want{}
+}
+
+// machineLacksLocked returns what the machine has too little of now for one more
+// guest, given that those which run may still take what they were promised. One
+// guest may always run: it is bounded, and waiting might never end.
+func (q *queue) machineLacksLocked(w want, look func() (machineRoom, bool)) string {
+	if q.machine == nil || q.running == 0 {
+		return ""
+	}
+	have, ok := look()
+	if !ok {
+		return ""
+	}
+	promised := Room{MemoryMiB: q.total.MemoryMiB - q.free.MemoryMiB}
+	switch {
+	case have.pressed || have.memoryMiB-max(0, promised.MemoryMiB-have.guestsMemoryMiB) < w.need.MemoryMiB+keptMemoryMiB:
+		return "memory of the machine"
+	case have.diskMiB-max(0, q.writes-have.guestsDiskMiB) < w.writesMiB:
+		return "disk of the machine"
+	}
+	return ""
+}
+
+// lookAgainLocked has the queue look at the machine again soon, if somebody waits
+// for that: nothing tells when other programs give back what they took.
+func (q *queue) lookAgainLocked() {
+	if q.short == "" || q.again != nil {
+		return
+	}
+	q.again = time.AfterFunc(betweenLooks, func() {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		q.again = nil
+		q.dispatchLocked()
+	})
 }
 
 // placesLocked returns the place of each build that waits: the best of those
@@ -360,9 +430,9 @@ func (q *queue) placesLocked(order []*queueAccount) map[*ticket]queuePlace {
 			if p, ok := places[t]; ok && p.ahead <= ahead {
 				continue
 			}
-			lacks := "guests" // it waits for one that is before it
+			lacks := cmp.Or(q.short, "guests") // it waits for one that is before it
 			if len(t.wants) > 0 {
-				if l := q.free.lacks(t.wants[len(t.wants)-1].need); l != "" {
+				if _, l := t.wants[len(t.wants)-1].within(q.free); l != "" {
 					lacks = l
 				}
 			}
@@ -393,7 +463,8 @@ type QueuedBuild struct {
 	Account store.AccountID
 	Since   time.Time
 	// Ahead is how many builds start before it; Lacks what there is not enough
-	// of: "guests", "memory" or "CPUs".
+	// of: "guests", "memory" or "CPUs" of what builds may take, or "memory of the
+	// machine" or "disk of the machine", which something else has taken.
 	Ahead int
 	Lacks string
 }

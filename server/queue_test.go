@@ -26,7 +26,7 @@ type queueTest struct {
 }
 
 func newQueueTest(t *testing.T, total Room) *queueTest {
-	return &queueTest{t: t, q: newQueue(total), places: map[string][]string{}, release: map[string]func(){}}
+	return &queueTest{t: t, q: newQueue(total, nil), places: map[string][]string{}, release: map[string]func(){}}
 }
 
 // ask asks for a turn and returns when the queue has decided for now.
@@ -141,7 +141,7 @@ func TestQueueBounds(t *testing.T) {
 }
 
 func TestQueueRefusesWhatNeverFits(t *testing.T) {
-	q := newQueue(Room{Guests: 1, MemoryMiB: 10, CPUs: 10})
+	q := newQueue(Room{Guests: 1, MemoryMiB: 10, CPUs: 10}, nil)
 	_, _, err := q.acquire(t.Context(), one(1, Room{MemoryMiB: 11}), nil)
 	var large *errTooLarge
 	if !errors.As(err, &large) || large.lacks != "memory" {
@@ -307,7 +307,7 @@ func TestQueueOfSharedBuilds(t *testing.T) {
 // more than is free.
 func TestQueueLargeWishDelaysNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		q := newQueue(Room{Guests: 10, MemoryMiB: 100, CPUs: 100})
+		q := newQueue(Room{Guests: 10, MemoryMiB: 100, CPUs: 100}, nil)
 		_, release, err := q.acquire(t.Context(), one(1, Room{MemoryMiB: 60}), nil)
 		if err != nil {
 			t.Fatal(err)

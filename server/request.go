@@ -33,6 +33,7 @@ type request struct {
 	mu        sync.Mutex // guards what follows
 	record    *store.Build
 	decisions []store.Decision
+	plan      plan     // of the guest, before it joins or starts a run
 	owns      *attempt // whose record is this request's; nil if there is none
 	ran       bool     // it owned an attempt
 	left      bool     // it waits no more

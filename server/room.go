@@ -2,13 +2,30 @@ package server
 
 import (
 	"fmt"
-	"os"
 	"runtime"
-	"strconv"
-	"strings"
 
 	"nbd/vm"
 )
+
+// fillScratch gives the sizes of scratch disks their defaults, rounded up to those
+// that there are.
+func fillScratch(cfg *BuildsConfig) error {
+	if cfg.ScratchMiB == 0 {
+		cfg.ScratchMiB = vm.DefaultScratchMiB
+	}
+	if cfg.MaxScratchMiB == 0 {
+		cfg.MaxScratchMiB = min(4*cfg.ScratchMiB, vm.MaxScratchMiB)
+	}
+	for _, n := range []*int{&cfg.ScratchMiB, &cfg.MaxScratchMiB} {
+		size, err := vm.ScratchSize(*n)
+		if err != nil {
+			return err
+		}
+		*n = int(size >> 20)
+	}
+	cfg.MaxScratchMiB = max(cfg.MaxScratchMiB, cfg.ScratchMiB)
+	return nil
+}
 
 // leastMemoryMiB is the least that a build is worth starting with.
 const leastMemoryMiB = 256
@@ -17,7 +34,7 @@ const leastMemoryMiB = 256
 // and makes the memory of a guest fit the room.
 func fillRoom(cfg *BuildsConfig) error {
 	if cfg.Room.MemoryMiB == 0 {
-		total, err := machineMemoryMiB()
+		total, err := NewMachine("", 0, nil, nil).totalMiB()
 		if err != nil {
 			return fmt.Errorf("find out how much memory there is: %w", err)
 		}
@@ -33,33 +50,16 @@ func fillRoom(cfg *BuildsConfig) error {
 		cfg.MaxMemoryMiB = most
 	}
 	cfg.MaxMemoryMiB = max(min(cfg.MaxMemoryMiB, most), cfg.MemoryMiB)
+	processors := runtime.GOMAXPROCS(0) // which knows of cgroups
 	if cfg.Room.CPUs == 0 {
-		cfg.Room.CPUs = 2 * runtime.NumCPU()
+		cfg.Room.CPUs = 2 * processors
+	}
+	if cfg.MachineCPUs == 0 {
+		cfg.MachineCPUs = processors
 	}
 	cfg.CPUs = min(cfg.CPUs, cfg.Room.CPUs)
 	if cfg.Room.Guests == 0 {
 		cfg.Room.Guests = max(1, min(cfg.Room.MemoryMiB/vm.MemoryCostMiB(cfg.MemoryMiB), cfg.Room.CPUs/cfg.CPUs))
 	}
 	return nil
-}
-
-// machineMemoryMiB returns how much memory the machine has.
-func machineMemoryMiB() (int, error) {
-	text, err := os.ReadFile("/proc/meminfo")
-	if err != nil {
-		return 0, err
-	}
-	return parseMemTotal(string(text))
-}
-
-// parseMemTotal reads the line "MemTotal: N kB" of /proc/meminfo.
-func parseMemTotal(text string) (int, error) {
-	for line := range strings.Lines(text) {
-		words := strings.Fields(line)
-		if len(words) == 3 && words[0] == "MemTotal:" && words[2] == "kB" {
-			kib, err := strconv.Atoi(words[1])
-			return kib / 1024, err
-		}
-	}
-	return 0, fmt.Errorf("no MemTotal in /proc/meminfo")
 }

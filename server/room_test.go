@@ -37,16 +37,20 @@ func TestFillRoom(t *testing.T) {
 	}
 }
 
-func TestMachineMemory(t *testing.T) {
-	if n, err := machineMemoryMiB(); err != nil || n < 64 {
-		t.Errorf("%d MiB, %v", n, err)
-	}
-	if n, err := parseMemTotal("X: 1 kB\nMemTotal:       2048000 kB\n"); err != nil || n != 2000 {
-		t.Errorf("%d, %v", n, err)
-	}
-	for _, text := range []string{"", "MemTotal: x kB", "MemTotal: 5"} {
-		if _, err := parseMemTotal(text); err == nil {
-			t.Errorf("%q: no error", text)
+// TestFillScratch rounds sizes to powers of two GiB.
+func TestFillScratch(t *testing.T) {
+	for _, c := range []struct{ size, most, wantSize, wantMost int }{
+		{0, 0, 64 << 10, 256 << 10},
+		{1, 1500, 1 << 10, 2 << 10},
+		{5000, 1000, 8 << 10, 8 << 10},
+		{512 << 10, 0, 512 << 10, 1 << 20},
+		{2 << 20, 0, 0, 0},
+	} {
+		cfg := BuildsConfig{ScratchMiB: c.size, MaxScratchMiB: c.most}
+		if err := fillScratch(&cfg); (err != nil) != (c.wantSize == 0) {
+			t.Errorf("%d to %d: %v", c.size, c.most, err)
+		} else if err == nil && (cfg.ScratchMiB != c.wantSize || cfg.MaxScratchMiB != c.wantMost) {
+			t.Errorf("%d to %d: got %d to %d", c.size, c.most, cfg.ScratchMiB, cfg.MaxScratchMiB)
 		}
 	}
 }

@@ -39,6 +39,16 @@ func (s *scratchFiles) remove(f *os.File) error {
 	return f.Close()
 }
 
+// taken returns how many bytes of the disk all files take together.
+func (s *scratchFiles) taken() (bytes int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for f := range s.files {
+		bytes += taken(f)
+	}
+	return bytes
+}
+
 // largest reports whether no other file takes more of the disk than f, and how
 // many bytes that are.
 func (s *scratchFiles) largest(f *os.File) (bytes int64, ok bool) {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -22,6 +23,7 @@ import (
 	"nbd/nixproto"
 	"nbd/server/adminapi"
 	"nbd/server/settings"
+	"nbd/vm/usernet"
 )
 
 // A Setting is one row of the table.
@@ -41,13 +43,18 @@ var Serve = []Setting{
 	{"handshake-timeout", 20 * time.Second, "time from connection to authentication"},
 	{"keep-alive", 20 * time.Second, "after how long a silent client is asked for a sign of life"},
 	{"max-guests", uint(0), "builds at once (default: as many as CPUs and memory allow)"},
-	{"memory", uint(0), "MiB of memory for all guests (default: three quarters of the host's)"},
+	{"memory", uint(0), "MiB of memory for all guests (default: three quarters of what the host, or the service's limit, has)"},
 	{"default-cpu", uint(2), "CPUs of a guest"},
 	{"default-mem", uint(2048), "MiB of memory that a build is given at first"},
 	{"max-mem", uint(0), "MiB up to which a build that ran out is given more (default: what --memory allows)"},
-	{"scratch", uint(51200), "MiB of disk that a build may write, rounded up to a power of two GiB"},
+	{"scratch", uint(51200), "MiB of disk that a build may write at first, rounded up to a power of two GiB"},
+	{"max-scratch", uint(0), "MiB of disk up to which a build that filled it is given more (default: four times --scratch)"},
 	{"max-log-size", uint(1 << 30), "bytes of log after which a build is ended; 0 for no limit"},
-	{"allow-addresses", "", "addresses that are not public and that accounts may name for caches: networks (CIDR), addresses, host[:port]; commas between them"},
+	{"allow-addresses", "", "addresses that are not public and that caches of accounts, and builds of fixed outputs, may reach: networks (CIDR), addresses, host[:port]; commas between them"},
+	{"network", true, "builds of fixed outputs have a network"},
+	{"network-ports", "22,80,443,9418", "TCP ports that they reach on public addresses; what is in allow-addresses is reached on all ports"},
+	{"network-rate", uint(64), "MiB a second that one of them may send, and receive; 0 for no limit"},
+	{"network-max", uint(65536), "MiB that one of them may send and receive in all; 0 for no limit"},
 	{"public-cache-keys", defaultPublicKeys, "public keys of caches, name:base64: what one of them signed may be used by every account that trusts it, whoever brought it"},
 	{"min-free", uint(1024), "MiB of disk that uploads, outputs and logs leave free; 0 for none"},
 	{"keep-logs", 90 * 24 * time.Hour, "how long logs of builds are kept, 0 for ever; the oldest go earlier where less than twice --min-free is left"},
@@ -228,7 +235,7 @@ func text(v any) string {
 // file's [settings], and under them the flags of the same names.
 func (c *Config) SystemSettings() map[string]string {
 	system := map[string]string{}
-	for _, name := range []string{"default-cpu", "max-mem", "max-log-size", "max-connections"} {
+	for _, name := range []string{"default-cpu", "max-mem", "max-log-size", "max-connections", "allow-addresses"} {
 		system[name] = c.Text(name)
 	}
 	maps.Copy(system, c.settings)
@@ -278,6 +285,22 @@ func (c *Config) List(name string) []string {
 		return nil
 	}
 	return strings.FieldsFunc(c.Text(name), func(r rune) bool { return r == ',' || r == ' ' })
+}
+
+// Network returns what builds of fixed outputs reach; nil is nothing.
+func (c *Config) Network() (*usernet.Config, error) {
+	if !Get[bool](c, "network") {
+		return nil, nil
+	}
+	n := &usernet.Config{Rate: int64(c.Number("network-rate")) << 20, MaxBytes: int64(c.Number("network-max")) << 20}
+	for _, text := range c.List("network-ports") {
+		port, err := strconv.ParseUint(text, 10, 16)
+		if err != nil || port == 0 {
+			return nil, &adminapi.HintError{Err: fmt.Errorf("network-ports: %q is no port", text), Hint: "write numbers with commas between them: 80,443"}
+		}
+		n.Ports = append(n.Ports, uint16(port))
+	}
+	return n, nil
 }
 
 // defaultPublicKeys is the key of the cache that clients trust by default.
