@@ -68,7 +68,7 @@ func boot() (runsGuests bool, err error) {
 			return false, err
 		}
 	}
-	if err := setLimits(); err != nil {
+	if err := errors.Join(setLimits(), setSysctls()); err != nil {
 		return false, err
 	}
 	// The agent goes last when memory runs out.

@@ -74,11 +74,22 @@ func (s *sandbox) spawn(slave, planReader, statusWriter *os.File) error {
 		}
 		defer dir.Close() // only referred to
 	}
-	cmd := sandboxCommand(slave, planReader, statusWriter, dir)
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close() // only handed on
+	cmd := sandboxCommand(null, slave, planReader, statusWriter, dir)
 	if err := cmd.Start(); err != nil {
 		return err
 	}
 	s.cmd = cmd
+	// Of what the agent protects itself with, the builder has nothing. A process
+	// that sets its own score can go back to the one it had.
+	score := fmt.Sprintf("/proc/%d/oom_score_adj", cmd.Process.Pid)
+	if err := os.WriteFile(score, []byte("0"), 0); err != nil {
+		return fmt.Errorf("reset oom score: %w", err)
+	}
 	return nil
 }
 

@@ -44,14 +44,16 @@ var sandboxCaps = []uintptr{
 	unix.CAP_SETPCAP, unix.CAP_NET_ADMIN, unix.CAP_SYS_ADMIN, unix.CAP_SYS_CHROOT, unix.CAP_SYS_RESOURCE,
 }
 
-// sandboxCommand returns the command that becomes the builder. out is its
-// standard output and error. If cgroupDir is not nil it starts in that group.
-func sandboxCommand(out, planReader, status, cgroupDir *os.File) *exec.Cmd {
+// sandboxCommand returns the command that becomes the builder. in is its
+// standard input, out its standard output and error. If cgroupDir is not nil it
+// starts in that group.
+func sandboxCommand(in, out, planReader, status, cgroupDir *os.File) *exec.Cmd {
 	cmd := &exec.Cmd{
 		Path:       "/proc/self/exe",
 		Args:       []string{link.SandboxArg0},
 		Env:        []string{},
 		Dir:        "/",
+		Stdin:      in,
 		Stdout:     out,
 		Stderr:     out,
 		ExtraFiles: []*os.File{planReader, status},
@@ -105,10 +107,6 @@ func prepare() error {
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return fmt.Errorf("close descriptors: %w", err)
 	}
-	// Of what the agent protects itself with, the builder has nothing.
-	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("0"), 0); err != nil {
-		return fmt.Errorf("reset oom score: %w", err)
-	}
 	if err := loopbackUp(); err != nil {
 		return fmt.Errorf("loopback: %w", err)
 	}
@@ -142,8 +140,10 @@ func readPlan() (*plan, error) {
 
 // enter puts the sandbox together and makes it the process's world.
 func (p *plan) enter() error {
-	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("make mount namespace: %w", err)
+	// Only now are the disks known, and the process in its group, which is to be
+	// the root of what it sees of groups.
+	if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP); err != nil {
+		return fmt.Errorf("make namespaces: %w", err)
 	}
 	if err := p.mount(); err != nil {
 		return err
@@ -159,8 +159,16 @@ func (p *plan) mount() error {
 	// The new root and the store are mounts of their own; nothing can be linked
 	// or renamed from one to another.
 	for _, b := range append([]bind{{p.Root, "/"}, {filepath.Join(p.Root, storeDir), storeDir}, {p.Build, "/build"}}, p.Binds...) {
-		if err := unix.Mount(b.Source, filepath.Join(p.Root, b.Target), "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		target := filepath.Join(p.Root, b.Target)
+		if err := unix.Mount(b.Source, target, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 			return fmt.Errorf("bind %s: %w", b.Target, err)
+		}
+		if b.Target != storeDir {
+			continue
+		}
+		// There is nobody to share with, but a builder sees that it is so in Nix.
+		if err := unix.Mount("", target, "", unix.MS_SHARED, ""); err != nil {
+			return fmt.Errorf("share %s: %w", b.Target, err)
 		}
 	}
 	for _, m := range []mount{

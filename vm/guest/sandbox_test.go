@@ -185,6 +185,10 @@ func TestSandboxEnds(t *testing.T) {
 		{name: "no newline", script: "printf 'a\\r\\nb\\000\\377c'", want: link.Result{Kind: link.Exited}, log: "a\r\nb\x00\xffc"},
 		{name: "no terminal", script: "cat /dev/tty", want: link.Result{Kind: link.Exited, ExitStatus: 1},
 			log: "cat: can't open '/dev/tty': No such device or address\n"},
+		{name: "input", script: "grep flags /proc/self/fdinfo/0", want: link.Result{Kind: link.Exited}, log: "flags:\t0100002\n"},
+		{name: "score", script: "cd /proc/self; echo 500 > oom_score_adj; echo -1 > oom_score_adj",
+			want: link.Result{Kind: link.Exited, ExitStatus: 1}, log: "sh: write error: Permission denied\n"},
+		{name: "group", script: "cat /proc/self/cpuset; tail -1 /proc/self/cgroup", want: link.Result{Kind: link.Exited}, log: "/\n0::/\n"},
 		{name: "no input", script: "readlink /proc/self/fd/0; wc -c", want: link.Result{Kind: link.Exited}, log: "/dev/null\n0\n"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
