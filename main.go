@@ -163,7 +163,7 @@ func newLogger(c *config.Config, w io.Writer) (*slog.Logger, error) {
 
 // guestConfig turns the guest settings into the Config of package vm.
 func guestConfig(c *config.Config, log *slog.Logger) vm.Config {
-	return vm.Config{StateDir: c.Text("state"), QEMU: c.Text("qemu"), Kernel: c.Text("kernel"),
+	return vm.Config{StateDir: c.Text("state"), QEMU: c.Text("qemu"), Kernel: c.Text("kernel"), Systems: c.List("systems"), KVMInBuilds: c.Text("kvm-in-builds"),
 		Accel: c.Text("accel"), Busybox: c.Text("sandbox-shell"), Certificates: c.Text("certificates"), ColdBoot: config.Get[bool](c, "cold-boot"), Logger: log}
 }
 

@@ -67,7 +67,9 @@ var Serve = []Setting{
 // Guest are the settings of guests, which `nbd doctor` needs to know, too.
 var Guest = []Setting{
 	{"accel", "auto", "kvm, tcg, or auto: KVM if a guest really boots with it"},
-	{"kernel", "", "kernel of the guests: a file, or a name that nbd kernel list prints (default: the first)"},
+	{"kernel", "", "kernel of the guests: a file, or a name that nbd kernel list prints (default: the first of each architecture)"},
+	{"systems", "", "systems to build for, commas between them (default: all that this machine is set up for)"},
+	{"kvm-in-builds", "auto", "the features kvm and nixos-test: auto, where guests have KVM and can run guests; emulated, also where guests are emulated; or off"},
 	{"qemu", "", "qemu-system-x86_64 (default: searched in PATH)"},
 	{"sandbox-shell", "", "static shell that is /bin/sh in a build (default: busybox, searched)"},
 	{"certificates", "", "PEM file with the authorities that builds of fixed outputs trust (default: searched)"},
