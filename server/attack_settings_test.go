@@ -29,7 +29,8 @@ func TestAttackSettingsFromBelow(t *testing.T) {
 		"trusted-accounts": "alice", "offer-signed": "cache.nixos.org-1", "share-results": "true", "public-cache": "true",
 		"oidc-subjects": "issuer=https://x.example;audience=a;subject=b",
 		"substituters":  "https://x.example", "trusted-public-keys": "x-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=",
-		"caches": "https://x.example", "access-tokens": "x.example=y", "signing-key-for-builds": "x-1",
+		"allow-addresses": "10.0.0.0/8",
+		"caches":          "https://x.example", "access-tokens": "x.example=y", "signing-key-for-builds": "x-1",
 		"settings-from-ssh-env": "true", "settings-from-drv-env": "true", "default-permissions": "account:write",
 	}
 	for _, s := range settings.All() {

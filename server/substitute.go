@@ -223,6 +223,7 @@ func (u *Substituter) openCaches(ctx context.Context, y *survey) error {
 	y.further = e.Origin("substituters").Level > settings.System
 	own, all := y.tokens(&e, system)
 	var caches []*upstream.Cache
+	rule := ruleOf(e.AllowAddresses)
 	for _, url := range e.Substituters {
 		operator := slices.Contains(system.Substituters, url)
 		src, err := upstream.ParseSource(url.Raw(), operator)
@@ -230,6 +231,7 @@ func (u *Substituter) openCaches(ctx context.Context, y *survey) error {
 			y.note(err)
 			continue
 		}
+		src.Rule = rule
 		tokens := own
 		if operator {
 			tokens = all

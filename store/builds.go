@@ -76,6 +76,9 @@ type Build struct {
 	// if it is its own.
 	LogOf BuildID `json:"logOf,omitempty"`
 
+	// Network is what a build with a network did with it; nil for one without.
+	Network *BuildNetwork `json:"network,omitempty"`
+
 	// CPUSeconds is the CPU time that the account pays for, LimitSeconds what
 	// counts against a monthly limit: that and what it caused to be thrown away.
 	CPUSeconds   int64 `json:"cpuSeconds,omitempty"`

@@ -25,6 +25,7 @@ var samples = map[string][2][2]string{
 	"max-storage":   {{"1M", "1048576"}, {"5"}}, "max-running-builds": {{"3"}, {"1"}}, "max-connections": {{"3"}, {"1"}},
 	"signing-key-for-builds": {{"test/alice-1"}, {"test/alice-2"}}, "trusted-accounts": {{"bob carol"}, {"dave"}},
 	"offer-signed": {{"k-1"}, {someKey}}, "share-results": {{"false"}, {"true"}}, "reuse-results": {{"own"}, {"none"}},
+	"allow-addresses":       {{"10.1.0.0/16 cache.lan:8080"}, {"10.1.2.3"}},
 	"public-cache":          {{"true"}, {"false"}},
 	"oidc-subjects":         {{"issuer=https://i.example;audience=a;subject=repo:o/*"}, {""}},
 	"settings-from-ssh-env": {{"false"}, {"true"}}, "settings-from-drv-env": {{"true"}, {"false"}},
@@ -66,7 +67,7 @@ func layerOf(t *testing.T, level Level, name, text string) Layer {
 // canSet is what the table of the product says: who may set what, where.
 func canSet(s *Setting, level Level, accountWrite bool) bool {
 	accountOnly := []string{"max-cpu-hours-per-month", "trusted-accounts", "offer-signed", "share-results", "public-cache", "oidc-subjects"}
-	operator := []string{"max-storage", "max-running-builds", "max-connections"}
+	operator := []string{"max-storage", "max-running-builds", "max-connections", "allow-addresses"}
 	open := []string{"reuse-build-failures", "reuse-build-timeouts", "reuse-results", "keep-builds-running", "timeout", "max-silent-time", "max-log-size",
 		"default-cpu", "min-cpu", "max-cpu", "min-mem", "max-mem", "max-build-restarts", "always-substitute", "never-substitute"}
 	perAccount := []string{"trusted-accounts", "offer-signed", "public-cache", "oidc-subjects", "signing-key-for-builds"}

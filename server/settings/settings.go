@@ -111,6 +111,10 @@ type Effective struct {
 	Caches       []URL
 	AccessTokens []AccessToken
 
+	// AllowAddresses are what is reached beside public addresses, for caches that
+	// the account names and by its builds of fixed outputs (egress.ParseRule).
+	AllowAddresses []string
+
 	MaxStorage       int64 // bytes, 0 is none
 	MaxRunningBuilds int   // 0 is none
 	MaxConnections   int   // 0 is none

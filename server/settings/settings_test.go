@@ -28,7 +28,7 @@ func TestHelp(t *testing.T) {
 	for name := range strings.FieldsSeq(`reuse-build-failures reuse-build-timeouts keep-builds-running timeout max-silent-time
 		max-log-size max-cpu-hours-per-month default-cpu min-cpu max-cpu min-mem max-mem max-build-restarts substituters
 		trusted-public-keys always-substitute never-substitute caches access-tokens max-storage max-running-builds
-		max-connections signing-key-for-builds trusted-accounts offer-signed share-results reuse-results public-cache
+		max-connections allow-addresses signing-key-for-builds trusted-accounts offer-signed share-results reuse-results public-cache
 		oidc-subjects settings-from-ssh-env settings-from-drv-env default-permissions`) {
 		if _, ok := Lookup(name); !ok {
 			t.Errorf("no setting %s", name)

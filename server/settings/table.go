@@ -240,6 +240,8 @@ var table = []Setting{
 		value: count("builds", func(e *Effective) *int { return &e.MaxRunningBuilds }, nil)},
 	{Name: "max-connections", Default: "0", Scope: OperatorOnly, Usage: "connections that an account may have open; 0 for no limit",
 		value: count("connections", func(e *Effective) *int { return &e.MaxConnections }, nil)},
+	{Name: "allow-addresses", Scope: OperatorOnly, Usage: "addresses that are not public and that its caches, and builds of fixed outputs, may reach: networks (CIDR), addresses, host[:port]",
+		value: items(func(e *Effective) *[]string { return &e.AllowAddresses }, parseAddresses)},
 	{Name: "signing-key-for-builds", Scope: Guarded, PerAccount: true, Usage: "name of the account's key that signs what it builds (default: the one made with the account)",
 		value: field[string]{func(e *Effective) *string { return &e.SigningKeyForBuilds }, parseOwnKey, func(s string) string { return s }, nil}},
 	{Name: "trusted-accounts", Scope: AccountOnly, PerAccount: true, Usage: "accounts that see what this one has, if they name this one, too",

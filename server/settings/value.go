@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"nbd/nixproto"
+	"nbd/vm/egress"
 )
 
 // Values as text: numbers in decimal, sizes with K, M, G or T behind them for
@@ -193,6 +194,14 @@ func parsePermission(text string) (string, error) {
 
 // ParsePermissions reads a list of permissions.
 func ParsePermissions(text string) ([]string, error) { return parseList(parsePermission)(text) }
+
+// parseAddresses reads what is reached.
+func parseAddresses(text string) (string, error) {
+	if _, err := egress.ParseRule([]string{text}); err != nil {
+		return "", should(text, "networks (CIDR), addresses, host[:port]")
+	}
+	return text, nil
+}
 
 // A URL is the address of a cache. It may hold secrets: what prints it shows
 // them as dots.

@@ -21,8 +21,6 @@ import (
 	"nbd/vm/egress"
 )
 
-func addrPort(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }
-
 // Redirects of everything to another site, which gets no credential.
 func TestRedirect(t *testing.T) {
 	ctx := context.Background()
@@ -119,9 +117,11 @@ func TestRetry(t *testing.T) {
 // what the operator names is.
 func TestRule(t *testing.T) {
 	ctx := context.Background()
-	c, _ := testClient(t, Config{UserAgent: "strict"})
+	c, _ := testClient(t, Config{})
 	s := newTestSite(t)
-	_, err := c.Cache(source(t, s.URL, false), Tokens{}).NarInfo(ctx, depPath)
+	strict := source(t, s.URL, false)
+	strict.Rule = egress.Rule{}
+	_, err := c.Cache(strict, Tokens{}).NarInfo(ctx, depPath)
 	if !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "allow-addresses") {
 		t.Errorf("loopback: %v", err)
 	}
@@ -130,6 +130,14 @@ func TestRule(t *testing.T) {
 	}
 	if _, err := c.Cache(source(t, s.URL, true), Tokens{}).NarInfo(ctx, depPath); err != nil {
 		t.Errorf("the operator's: %v", err)
+	}
+	// What one account was refused, another may reach.
+	if _, err := c.Cache(source(t, s.URL, false), Tokens{}).NarInfo(ctx, depPath); err != nil {
+		t.Errorf("by another rule: %v", err)
+	}
+	s.requests()
+	if _, err := c.Cache(strict, Tokens{}).NarInfo(ctx, depPath); !errors.Is(err, ErrUnavailable) || len(s.requests()) > 0 {
+		t.Errorf("loopback again: %v", err)
 	}
 	// A site that the operator listed leads to one that he did not.
 	listed := newTestSite(t)
@@ -141,8 +149,9 @@ func TestRule(t *testing.T) {
 		http.Redirect(w, r, s.URL+depInfo, http.StatusFound)
 	})
 	s.requests()
-	c, _ = testClient(t, Config{UserAgent: "strict", Rule: rule})
-	k := c.Cache(source(t, listed.URL, false), Tokens{})
+	to := source(t, listed.URL, false)
+	to.Rule = rule
+	k := c.Cache(to, Tokens{})
 	var refused *egress.RefusedError
 	if _, err := k.NarInfo(ctx, depPath); !errors.As(err, &refused) || len(s.requests()) > 0 {
 		t.Errorf("redirect to loopback: %v", err)

@@ -9,12 +9,16 @@ import (
 	"path"
 	"strconv"
 	"strings"
+
+	"nbd/vm/egress"
 )
 
 // A Source names a binary cache, as an entry of `substituters` does.
 type Source struct {
 	// Operator says that the operator named it, and not an account.
 	Operator bool
+	// Rule is what is reached beside public addresses, if an account named it.
+	Rule egress.Rule
 
 	url      *url.URL // scheme, host and path, and nothing else
 	auth     string   // the credential that the URL held; "" if none
@@ -168,5 +172,9 @@ func basic(userPassword string) string {
 type cacheKey [sha256.Size]byte
 
 func keyOf(src Source, auth string) cacheKey {
-	return sha256.Sum256(fmt.Appendf(nil, "%t\x00%s\x00%s", src.Operator, src.url, auth))
+	rule := ""
+	if !src.Operator {
+		rule = src.Rule.ID()
+	}
+	return sha256.Sum256(fmt.Appendf(nil, "%t\x00%s\x00%s\x00%s", src.Operator, src.url, auth, rule))
 }

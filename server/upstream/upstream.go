@@ -5,9 +5,9 @@
 //	   │         ├── Info      nix-cache-info: StoreDir, priority; is it alive?
 //	   │         ├── NarInfo   what it says of one path
 //	   │         └── Open      the NAR, decompressed
-//	   ├── memory      answers for a while, bounded; keyed by URL and credential
+//	   ├── memory      answers for a while, bounded; keyed by URL, credential and rule
 //	   ├── transports  http.go: redirects, retries, timeouts; body.go: stalls
-//	   └── rule        which addresses are reached for accounts (package egress)
+//	   └── rule        which addresses are reached for the account (package egress)
 //
 // Nothing that a cache says is believed here but that it has no such path:
 // signatures and hashes are the caller's to check. What is bounded here is what
@@ -32,7 +32,6 @@ import (
 	"time"
 
 	"nbd/nixproto"
-	"nbd/vm/egress"
 )
 
 var (
@@ -47,8 +46,6 @@ var (
 
 // Config says how a Client works. The zero value works.
 type Config struct {
-	// Rule is what is reached for accounts.
-	Rule egress.Rule
 	// UserAgent is what caches are told; default "nbd".
 	UserAgent string
 	// DeadFor is how long a cache that did not answer is left out; default one
@@ -117,7 +114,6 @@ func wait(ctx context.Context, d time.Duration) {
 // for concurrent use.
 type Client struct {
 	cfg      Config
-	guarded  *http.Transport // for what accounts name
 	operator *http.Transport // for what the operator names
 	memory   *memory
 
@@ -125,8 +121,9 @@ type Client struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup // probes
 
-	mu     sync.Mutex // guards what follows
-	probes map[cacheKey]*probe
+	mu      sync.Mutex // guards what follows
+	probes  map[cacheKey]*probe
+	guarded map[string]*http.Transport // for what accounts name, by the rule's id
 }
 
 // New returns a Client, to be ended with Close.
@@ -134,7 +131,7 @@ func New(cfg Config) *Client {
 	cfg.fill()
 	c := &Client{cfg: cfg, memory: newMemory(maxMemory, cfg.now), probes: make(map[cacheKey]*probe)}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
-	c.guarded = newTransport(cfg.t, cfg.Rule.Dialer)
+	c.guarded = make(map[string]*http.Transport)
 	c.operator = newTransport(cfg.t, nil)
 	return c
 }
@@ -144,8 +141,41 @@ func New(cfg Config) *Client {
 func (c *Client) Close() {
 	c.cancel()
 	c.work.Wait()
-	c.guarded.CloseIdleConnections()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.forgetTransportsLocked()
 	c.operator.CloseIdleConnections()
+}
+
+// maxTransports bounds the rules whose connections are kept. Rules are the
+// operator's, so there are few.
+const maxTransports = 64
+
+// transport returns what connects to a source.
+func (c *Client) transport(src Source) *http.Transport {
+	if src.Operator {
+		return c.operator
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t := c.guarded[src.Rule.ID()]
+	if t == nil {
+		if len(c.guarded) == maxTransports {
+			c.forgetTransportsLocked()
+		}
+		t = newTransport(c.cfg.t, src.Rule.Dialer)
+		c.guarded[src.Rule.ID()] = t
+	}
+	return t
+}
+
+// forgetTransportsLocked forgets the transports of all rules. What is under way
+// goes on.
+func (c *Client) forgetTransportsLocked() {
+	for id, t := range c.guarded {
+		t.CloseIdleConnections()
+		delete(c.guarded, id)
+	}
 }
 
 // A Cache is one binary cache as one credential sees it.
@@ -173,10 +203,7 @@ func (c *Client) Cache(src Source, tokens Tokens) *Cache {
 	if src.url.Scheme == "file" {
 		k.get = folder(src.url.Path)
 	} else {
-		k.get = &site{c: c, base: src.url, auth: auth, transport: c.guarded}
-		if src.Operator {
-			k.get.(*site).transport = c.operator
-		}
+		k.get = &site{c: c, base: src.url, auth: auth, transport: c.transport(src)}
 	}
 	return k
 }

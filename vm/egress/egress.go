@@ -35,6 +35,7 @@ type Rule struct {
 	nets  []netip.Prefix
 	ports []netip.AddrPort // single addresses with a port
 	hosts map[string]bool  // names, with a port or without
+	id    string
 
 	// own returns the addresses of this machine; nil asks the system.
 	own func() ([]netip.Addr, error)
@@ -44,7 +45,8 @@ type Rule struct {
 // ("10.1.0.0/16"), addresses ("10.1.2.3", "10.1.2.3:8080", "[fd00::1]:80"), and
 // hosts by name ("cache.lan", "cache.lan:8080"), whatever they resolve to.
 func ParseRule(list []string) (Rule, error) {
-	r := Rule{hosts: make(map[string]bool)}
+	list = slices.Compact(slices.Sorted(slices.Values(list)))
+	r := Rule{hosts: make(map[string]bool), id: strings.Join(list, " ")}
 	for _, s := range list {
 		if err := r.allow(s); err != nil {
 			return Rule{}, fmt.Errorf("allowed address %q: %w", s, err)
@@ -77,6 +79,10 @@ func (r *Rule) allow(s string) error {
 	r.hosts[strings.ToLower(s)] = true
 	return nil
 }
+
+// ID tells rules apart: those of one ID allow the same. That of the zero Rule
+// is "".
+func (r Rule) ID() string { return r.id }
 
 // unmapPrefix makes a prefix of IPv4-mapped addresses one of IPv4.
 func unmapPrefix(p netip.Prefix) netip.Prefix {

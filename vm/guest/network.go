@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -114,8 +115,12 @@ func setUpDevice(name string, n *link.Network) error {
 	}
 	// The addresses are ours alone: nobody is to be asked whether they are free,
 	// or for others. A kernel without IPv6 has no such files.
-	for _, file := range []string{"accept_dad", "accept_ra", "autoconf"} {
-		err := os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", name, file), []byte("0"), 0)
+	ipv6 := map[string]string{"accept_dad": "0", "accept_ra": "0", "autoconf": "0", "disable_ipv6": "1"}
+	if slices.ContainsFunc(n.Addresses, func(a string) bool { return strings.Contains(a, ":") }) {
+		ipv6["disable_ipv6"] = "0"
+	}
+	for file, value := range ipv6 {
+		err := os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", name, file), []byte(value), 0)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("set up network device: %w", err)
 		}
