@@ -37,6 +37,7 @@ type doctor struct {
 }
 
 func (d *doctor) ok(what, text string)   { fmt.Fprintf(d.w, "ok    %-8s %s\n", what, text) }
+func (d *doctor) off(what, text string)  { fmt.Fprintf(d.w, "off   %-8s %s\n", what, text) }
 func (d *doctor) weak(what, text string) { fmt.Fprintf(d.w, "weak  %-8s %s\n", what, text) }
 
 func (d *doctor) bad(what string, err error, hint string) {
@@ -116,7 +117,29 @@ func (d *doctor) guests(ctx context.Context, cfg vm.Config) {
 	if s.WhyNotKVM != "" {
 		d.weak("kvm", s.WhyNotKVM+"; builds run under emulation, many times slower")
 	}
+	d.offered(s)
 	for _, w := range s.Weaknesses {
 		d.weak("safety", w)
+	}
+}
+
+// offered tells what builds may ask for, and why not for more.
+func (d *doctor) offered(s vm.Status) {
+	for _, system := range s.Systems {
+		switch {
+		case system.Offered:
+			d.ok("system", fmt.Sprintf("%s: %s, kernel %s, QEMU %s", system.Name, system.Accel, system.Kernel, system.QEMU))
+		case system.Broken:
+			d.bad("system", errors.New(system.Name+": "+system.WhyNot), "try another kernel with `nbd kernel import`")
+		default:
+			d.off("system", system.Name+": "+system.WhyNot)
+		}
+	}
+	for _, f := range s.Features {
+		if f.Offered {
+			d.ok("feature", f.Name+": a build user's virtual machine could be made in a guest")
+		} else {
+			d.off("feature", f.Name+": "+f.WhyNot)
+		}
 	}
 }

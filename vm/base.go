@@ -71,7 +71,7 @@ func (r *Runner) findBases() error {
 	}
 	r.bases = []*base{r.native}
 	for _, a := range arches {
-		if a == host || r.cfg.Accel == "kvm" {
+		if a == host || r.cfg.Accel == "kvm" || !r.cfg.wants(a) {
 			continue
 		}
 		b, err := findBase(r.life, &r.cfg, a)
@@ -79,13 +79,18 @@ func (r *Runner) findBases() error {
 		switch {
 		case err == nil:
 			r.bases = append(r.bases, b)
-		case missing == nil || slices.ContainsFunc(a.systems, func(s string) bool { return slices.Contains(r.cfg.Systems, s) }):
+		case missing == nil || len(r.cfg.Systems) > 0:
 			return fmt.Errorf("set up %s: %w", a.systems[0], firstMissing(err))
 		default:
 			r.lacking[a] = missing
 		}
 	}
 	return nil
+}
+
+// wants reports whether a system of an architecture may be offered.
+func (c *Config) wants(a *arch) bool {
+	return len(c.Systems) == 0 || slices.ContainsFunc(a.systems, func(s string) bool { return slices.Contains(c.Systems, s) })
 }
 
 // firstMissing returns an error that is first told of, whose hint is one.
@@ -125,6 +130,8 @@ type System struct {
 	Offered     bool   `json:"offered"`
 	SwitchedOff bool   `json:"switchedOff,omitempty"`
 	WhyNot      string `json:"whyNot,omitempty"`
+	// Broken reports that it is set up, and a guest did not boot.
+	Broken bool `json:"broken,omitempty"`
 	// Accel is "kvm" or "tcg", "" while that is not known yet; WhyNotKVM is empty
 	// under KVM.
 	Accel     string `json:"accel,omitempty"`
@@ -134,6 +141,8 @@ type System struct {
 	Kernel string `json:"kernel,omitempty"`
 }
 
+const whyOff = "it is switched off (--systems)"
+
 // Systems tells of each system whether it is offered, without booting anything.
 func (r *Runner) Systems() []System {
 	var list []System
@@ -141,9 +150,9 @@ func (r *Runner) Systems() []System {
 		for _, name := range b.arch.systems {
 			s := System{Name: name, Offered: true, QEMU: b.qemu.Version, Kernel: b.kernel.Name}
 			if why := b.broken.Load(); why != nil {
-				s.Offered, s.WhyNot = false, (*why).Error()
+				s.Offered, s.Broken, s.WhyNot = false, true, (*why).Error()
 			} else if r.baseOf(name) == nil {
-				s.Offered, s.SwitchedOff, s.WhyNot = false, true, "it is switched off (--systems)"
+				s.Offered, s.SwitchedOff, s.WhyNot = false, true, whyOff
 			}
 			if p := b.found.Load(); p != nil {
 				s.Accel, s.WhyNotKVM = p.accel, p.notKVM
@@ -157,12 +166,16 @@ func (r *Runner) Systems() []System {
 		if slices.ContainsFunc(r.bases, func(b *base) bool { return b.arch == a }) {
 			continue
 		}
-		why := "guests are not to be emulated (--accel kvm)"
-		if missing := r.lacking[a]; missing != nil {
-			why = missingText(missing)
+		off := System{WhyNot: "guests are not to be emulated (--accel kvm)"}
+		switch missing := r.lacking[a]; {
+		case !r.cfg.wants(a):
+			off.SwitchedOff, off.WhyNot = true, whyOff
+		case missing != nil:
+			off.WhyNot = missingText(missing)
 		}
 		for _, name := range a.systems {
-			list = append(list, System{Name: name, WhyNot: why})
+			off.Name = name
+			list = append(list, off)
 		}
 	}
 	return list

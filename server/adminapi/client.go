@@ -162,6 +162,7 @@ func (s *Status) Print(w io.Writer) {
 	fmt.Fprintf(w, "builds\t%d running, %d waiting; room for %d guests, %d MiB, %d CPUs\n",
 		s.Queue.Running, s.Queue.Waiting, s.Queue.Total.Guests, s.Queue.Total.MemoryMiB, s.Queue.Total.CPUs)
 	printGuests(w, &s.Guests)
+	printLacks(w, &s.Guests)
 	fmt.Fprintf(w, "store\t%d accounts, %d paths, %d NARs, %d MiB; %d MiB free\n",
 		s.Store.Accounts, s.Store.Paths, s.Store.Blobs, s.Store.Bytes>>20, s.Store.FreeDisk>>20)
 }
@@ -178,6 +179,20 @@ func printGuests(w io.Writer, g *vm.Status) {
 	fmt.Fprintf(w, "guests\t%d alive, %d templates; kernel %s, QEMU %s\n", g.Guests, g.Templates, g.Kernel, g.QEMU)
 	for _, weak := range g.Weaknesses {
 		fmt.Fprintf(w, "weaker\t%s\n", weak)
+	}
+}
+
+// printLacks tells what is not offered, and why.
+func printLacks(w io.Writer, g *vm.Status) {
+	for _, s := range g.Systems {
+		if !s.Offered {
+			fmt.Fprintf(w, "not offered\t%s: %s\n", s.Name, s.WhyNot)
+		}
+	}
+	for _, f := range g.Features {
+		if !f.Offered {
+			fmt.Fprintf(w, "not offered\t%s: %s\n", f.Name, f.WhyNot)
+		}
 	}
 }
 
