@@ -148,7 +148,20 @@ func (p *plan) enter() error {
 	if err := p.mount(); err != nil {
 		return err
 	}
-	return pivot(p.Root)
+	if err := pivot(p.Root); err != nil {
+		return err
+	}
+	return restartPIDs()
+}
+
+// restartPIDs has the builder's first child be process 2: the threads of this
+// program have used some numbers. A kernel that cannot do it counts on.
+func restartPIDs() error {
+	err := os.WriteFile("/proc/sys/kernel/ns_last_pid", []byte("1"), 0)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("restart process ids: %w", err)
+	}
+	return nil
 }
 
 // mount mounts everything below the root directory to be.

@@ -188,6 +188,7 @@ func TestSandboxEnds(t *testing.T) {
 		{name: "input", script: "grep flags /proc/self/fdinfo/0", want: link.Result{Kind: link.Exited}, log: "flags:\t0100002\n"},
 		{name: "score", script: "cd /proc/self; echo 500 > oom_score_adj; echo -1 > oom_score_adj",
 			want: link.Result{Kind: link.Exited, ExitStatus: 1}, log: "sh: write error: Permission denied\n"},
+		{name: "process ids", script: "echo $$; sh -c 'echo $$'; true", want: link.Result{Kind: link.Exited}, log: "1\n2\n"},
 		{name: "group", script: "cat /proc/self/cpuset; tail -1 /proc/self/cgroup", want: link.Result{Kind: link.Exited}, log: "/\n0::/\n"},
 		{name: "no input", script: "readlink /proc/self/fd/0; wc -c", want: link.Result{Kind: link.Exited}, log: "/dev/null\n0\n"},
 	} {
