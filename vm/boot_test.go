@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
@@ -19,6 +20,9 @@ import (
 // tested with what the machine has.
 
 func TestMain(m *testing.M) {
+	if strings.HasPrefix(filepath.Base(os.Args[0]), fakeQEMUPrefix) {
+		fakeQEMUMain()
+	}
 	guest.Enter()
 	status := m.Run()
 	if testStateDir != "" {

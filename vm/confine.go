@@ -32,18 +32,15 @@ type confinement struct {
 // newConfinement finds out what is possible, by starting the program at path
 // with --version as a user (negative: as ours), and what is not.
 func newConfinement(path string, uid int) (c *confinement, weak []string) {
-	c = &confinement{network: os.Geteuid() == 0, limits: true}
+	c = &confinement{network: os.Geteuid() == 0, limits: uid < 0 || mayLimit()}
 	var err error
 	if c.landlock, err = landlockVersion(); err != nil {
 		weak = append(weak, "QEMU can read what every user of this machine can: "+err.Error())
 	}
-	err = c.try(path, uid)
-	if errors.Is(err, errNoLimits) {
-		c.limits = false
-		weak = append(weak, "QEMU may have as many files open, and as large ones, as the server: "+err.Error())
-		err = c.try(path, uid)
+	if !c.limits {
+		weak = append(weak, "QEMU may have as many files open, and as large ones, as the server: it lacks CAP_SYS_RESOURCE")
 	}
-	if err != nil {
+	if err := c.try(path, uid); err != nil {
 		c.network = false
 	}
 	if !c.network && c.landlock < 4 {
@@ -229,8 +226,15 @@ const maxDescriptors = 4096
 // memory runs out.
 const guestBadness = 800
 
-// errNoLimits says that limits of another user's process cannot be set.
-var errNoLimits = errors.New("the server lacks CAP_SYS_RESOURCE")
+// mayLimit reports whether we may limit processes of other users.
+func mayLimit() bool {
+	var sets [2]unix.CapUserData
+	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	if err := unix.Capget(&head, &sets[0]); err != nil {
+		return false
+	}
+	return sets[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0
+}
 
 // limit bounds a process that has just been started. Files that it inherits may
 // be as long as they are.
@@ -263,9 +267,6 @@ func (c *confinement) limit(pid int, files []*os.File) error {
 		{unix.RLIMIT_CORE, 0}, {unix.RLIMIT_FSIZE, longest}, {unix.RLIMIT_NOFILE, maxDescriptors},
 	} {
 		err := unix.Prlimit(pid, l.resource, &unix.Rlimit{Cur: l.value, Max: l.value}, nil)
-		if errors.Is(err, unix.EPERM) {
-			return errNoLimits
-		}
 		if err != nil && !errors.Is(err, unix.ESRCH) {
 			return fmt.Errorf("limit QEMU: %w", err)
 		}

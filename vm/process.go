@@ -74,7 +74,11 @@ func startProcess(c command) (*process, error) {
 // and its guest has not.
 func (p *process) bound(c command) error {
 	if c.group != nil {
-		if err := c.group.add(p.pid()); err != nil {
+		err := c.group.add(p.pid())
+		if errors.Is(err, syscall.ESRCH) {
+			return nil // it has ended, and says why
+		}
+		if err != nil {
 			return err
 		}
 	}
