@@ -33,6 +33,8 @@ type apiBuild struct {
 	RestartedAs            *store.BuildID    `json:"restarted_as_build_id"`
 	// ReusedFrom is null unless that build is the account's own.
 	ReusedFrom *store.BuildID `json:"reused_from_build_id"`
+	// Network is there if the build had one.
+	Network *apiNetwork `json:"network,omitempty"`
 }
 
 // An apiBuildOutput is an output of a build that succeeded.
@@ -83,6 +85,7 @@ func newAPIBuild(ctx context.Context, st *store.Store, b *store.Build, now time.
 		DerivationPath: string(b.DrvPath), System: b.System,
 		Outputs: []apiBuildOutput{}, Tags: b.Tags,
 		RestartOf: optID(b.RestartOf), RestartedAs: optID(b.RestartedAs),
+		Network: newAPINetwork(b.Network),
 	}
 	if o.Tags == nil {
 		o.Tags = map[string]string{}

@@ -17,6 +17,7 @@ import (
 	"nbd/nixproto/nar"
 	"nbd/store"
 	"nbd/vm"
+	"nbd/vm/usernet"
 )
 
 // A fakeRunner runs builds without guests: what a derivation does is a function
@@ -41,6 +42,8 @@ type fakeRun struct {
 	log  io.Writer
 	outs vm.Outputs
 	try  int // from 1
+	// network is what the build is to have done with its network.
+	network *usernet.Use
 }
 
 // Systems implements runner: one that is set up, with its 32-bit twin, and one
@@ -96,7 +99,7 @@ func (r *fakeRunner) count(name string) int {
 func (r *fakeRunner) Run(ctx context.Context, spec *vm.Spec, log io.Writer, outs vm.Outputs) (*vm.Result, error) {
 	r.mu.Lock()
 	r.runs[spec.Drv.Name]++
-	run := &fakeRun{ctx, spec, log, outs, r.runs[spec.Drv.Name]}
+	run := &fakeRun{ctx: ctx, spec: spec, log: log, outs: outs, try: r.runs[spec.Drv.Name]}
 	act := r.acts[spec.Drv.Name]
 	r.running++
 	r.most = max(r.most, r.running)
@@ -113,6 +116,7 @@ func (r *fakeRunner) Run(ctx context.Context, spec *vm.Spec, log io.Writer, outs
 	if err := act(run); err != nil {
 		return nil, err
 	}
+	result.Network = run.network
 	for _, o := range spec.Outputs {
 		result.Produced = append(result.Produced, o.Name)
 	}

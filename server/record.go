@@ -237,7 +237,7 @@ func (b *Builds) stored(a *attempt, owner *request, end *ending) []store.End {
 	case end.status == reuse.BuildFailed && kind != nixproto.FixedOutput && rec.Generation != "" &&
 		!(end.crashed && b.cfg.Runner.Emulated(a.job.drv.System)):
 		e.Failure, e.Generation = &failure, rec.Generation
-	case end.status == reuse.Timeout && end.kind != "":
+	case end.status == reuse.Timeout && end.kind != "" && kind != nixproto.FixedOutput:
 		e.Timeout, e.Kind = &store.Timeout{Failure: failure, After: end.after}, end.kind
 	default:
 		return nil

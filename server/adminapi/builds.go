@@ -27,6 +27,7 @@ type Build struct {
 	System        string     `json:"system"`
 	PeakMemoryKiB int64      `json:"peak_memory_use_kilobytes"`
 	Decisions     []Decision `json:"decisions"`
+	Network       *Network   `json:"network"` // nil: it had none
 
 	raw json.RawMessage
 }
@@ -36,6 +37,25 @@ type Decision struct {
 	Check  string `json:"check"`
 	Taken  bool   `json:"taken"`
 	Reason string `json:"reason"`
+}
+
+// A Network is what a build did with its network.
+type Network struct {
+	Sent     int64 `json:"sent_bytes"`
+	Received int64 `json:"received_bytes"`
+	// Hosts are those that it was connected to; More is how many connections are
+	// not among them.
+	Hosts   []Host   `json:"hosts"`
+	More    int      `json:"more_connections"`
+	Refused []string `json:"refused"` // lines for a person
+}
+
+// A Host is a host that a build was connected to.
+type Host struct {
+	Name     string `json:"name"`    // by which it asked for the address; may be ""
+	Address  string `json:"address"` // with the port
+	Sent     int64  `json:"sent_bytes"`
+	Received int64  `json:"received_bytes"`
 }
 
 // UnmarshalJSON implements json.Unmarshaler.
