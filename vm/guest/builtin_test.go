@@ -13,17 +13,24 @@ import (
 	"nbd/vm/link"
 )
 
-// builtin runs a builtin builder in the sandbox; attributes are "NAME=value".
-func (l *lab) builtin(name string, attrs ...string) (*link.Result, string) {
-	l.t.Helper()
+// wantStatic fails a test that is about to run this program in the sandbox, if
+// that cannot be.
+func wantStatic(t *testing.T) {
+	t.Helper()
 	program, err := elf.Open("/proc/self/exe")
 	if err != nil {
-		l.t.Fatal(err)
+		t.Fatal(err)
 	}
 	defer program.Close()
 	if libraries, err := program.ImportedLibraries(); err != nil || len(libraries) > 0 {
-		l.t.Fatalf("this program cannot start in the sandbox: it needs %q, %v (run the tests with CGO_ENABLED=0)", libraries, err)
+		t.Fatalf("this program cannot start in the sandbox: it needs %q, %v (run the tests with CGO_ENABLED=0)", libraries, err)
 	}
+}
+
+// builtin runs a builtin builder in the sandbox; attributes are "NAME=value".
+func (l *lab) builtin(name string, attrs ...string) (*link.Result, string) {
+	l.t.Helper()
+	wantStatic(l.t)
 	l.order.Builder, l.order.Args, l.order.Env = link.BuiltinPrefix+name, nil, nil
 	for _, a := range attrs {
 		l.order.Env = append(l.order.Env, []byte(a))
