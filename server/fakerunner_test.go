@@ -17,7 +17,6 @@ import (
 	"nbd/nixproto/nar"
 	"nbd/store"
 	"nbd/vm"
-	"nbd/vm/usernet"
 )
 
 // A fakeRunner runs builds without guests: what a derivation does is a function
@@ -42,8 +41,8 @@ type fakeRun struct {
 	log  io.Writer
 	outs vm.Outputs
 	try  int // from 1
-	// network is what the build is to have done with its network.
-	network *usernet.Use
+	// result is what Run returns, beside an error too.
+	result *vm.Result
 }
 
 // Systems implements runner: one that is set up, with its 32-bit twin, and one
@@ -99,7 +98,8 @@ func (r *fakeRunner) count(name string) int {
 func (r *fakeRunner) Run(ctx context.Context, spec *vm.Spec, log io.Writer, outs vm.Outputs) (*vm.Result, error) {
 	r.mu.Lock()
 	r.runs[spec.Drv.Name]++
-	run := &fakeRun{ctx: ctx, spec: spec, log: log, outs: outs, try: r.runs[spec.Drv.Name]}
+	result := &vm.Result{Start: time.Unix(1000, 0), Stop: time.Unix(1010, 0), CPUUser: 3 * time.Second, CPUSystem: time.Second, PeakMemory: 1 << 20}
+	run := &fakeRun{ctx, spec, log, outs, r.runs[spec.Drv.Name], result}
 	act := r.acts[spec.Drv.Name]
 	r.running++
 	r.most = max(r.most, r.running)
@@ -112,11 +112,13 @@ func (r *fakeRunner) Run(ctx context.Context, spec *vm.Spec, log io.Writer, outs
 	if act == nil {
 		act = (*fakeRun).writeContent
 	}
-	result := &vm.Result{Start: time.Unix(1000, 0), Stop: time.Unix(1010, 0), CPUUser: 3 * time.Second, CPUSystem: time.Second, PeakMemory: 1 << 20}
 	if err := act(run); err != nil {
-		return nil, err
+		var failed *vm.BuildError
+		if errors.As(err, &failed) && !failed.Result.Start.IsZero() {
+			result = &failed.Result
+		}
+		return result, err
 	}
-	result.Network = run.network
 	for _, o := range spec.Outputs {
 		result.Produced = append(result.Produced, o.Name)
 	}

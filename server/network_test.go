@@ -60,7 +60,7 @@ func TestNetworkIsTold(t *testing.T) {
 		Refusals: []usernet.Refusal{{Address: netip.MustParseAddrPort("10.0.0.1:80"), Why: "it is a private address"}}}
 	bt.runner.act("x", func(f *fakeRun) error {
 		f.say("fetching")
-		return &vm.BuildError{Kind: vm.Failed, ExitStatus: 1, Result: vm.Result{Network: &use}}
+		return &vm.BuildError{Kind: vm.Failed, ExitStatus: 1, Result: vm.Result{Start: time.Unix(1000, 0), Network: &use}}
 	})
 	req := fetched(bt, "x")
 	r, sink := bt.build(req)
@@ -112,7 +112,7 @@ func TestNetworkPrivateIsNotShared(t *testing.T) {
 		alice, bob := bt.alice(), bt.party("bob")
 		alice.set("allow-addresses", "10.0.0.0/8")
 		bt.runner.act("x", func(f *fakeRun) error {
-			f.network = &usernet.Use{Private: private}
+			f.result.Network = &usernet.Use{Private: private}
 			return f.write("out", "x", false)
 		})
 		req := fetched(bt, "x")
