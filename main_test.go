@@ -48,7 +48,8 @@ import (
 //	nothing-left           fail unless guests, their files and cgroups are gone
 //
 // Guests need a kernel: NBD_TEST_KERNEL names a package or folder that `nbd
-// kernel import` takes. contrib/test sets it.
+// kernel import` takes, NBD_TEST_AARCH64 one for guests of that architecture, with
+// a busybox. contrib/test sets both.
 
 // within bounds all that a script waits for; guests may be emulated, on a machine
 // that is busy.
@@ -76,6 +77,8 @@ func TestScripts(t *testing.T) {
 			env.Setenv("HOME", env.WorkDir)
 			env.Setenv("DEMO", os.Getenv("NBD_TEST_DEMO"))
 			env.Setenv("KERNEL", os.Getenv("NBD_TEST_KERNEL"))
+			env.Setenv("AARCH64", os.Getenv("NBD_TEST_AARCH64"))
+			env.Setenv("MAKEVM", filepath.Join(filepath.Dir(base.nbd), "makevm"))
 			env.Defer(s.end)
 			return base.copyTo(filepath.Join(env.WorkDir, "state"))
 		},
@@ -160,8 +163,14 @@ func prepareState(t *testing.T) (*preparedState, error) {
 		return nil, fmt.Errorf("a static busybox is needed (Debian: busybox-static): %w", err)
 	}
 	p := &preparedState{tools: tools, nbd: filepath.Join(dir, "bin", "nbd"), dir: filepath.Join(dir, "state"), nixExpressions: expressions}
+	if os.Getenv("NBD_TEST_AARCH64") != "" {
+		if err := output("contrib/agents"); err != nil {
+			return nil, err
+		}
+	}
 	for _, args := range [][]string{
 		{"go", "build", "-trimpath", "-o", p.nbd, "."},
+		{"go", "build", "-trimpath", "-o", filepath.Join(filepath.Dir(p.nbd), "makevm"), "./testdata/makevm"},
 		{p.nbd, "kernel", "--state", p.dir, "import", kernel},
 		{p.nbd, "doctor", "--state", p.dir},
 	} {

@@ -112,11 +112,15 @@ func (r *Runner) tryNested(ctx context.Context, p *platform) error {
 		}
 		a.Works, a.Reason = false, err.Error()
 	}
+	if p.nested.Store(&a); a.Works {
+		r.cfg.Logger.Info("guests can run guests", "arch", p.arch.name, "accel", p.accel)
+	} else {
+		r.cfg.Logger.Warn("guests cannot run guests", "why", a.Reason)
+	}
 	key, err := p.nestedKey()
 	if err == nil {
 		err = r.answers.put(key, a)
 	}
-	p.nested.Store(&a)
 	return err
 }
 
