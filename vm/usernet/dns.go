@@ -107,6 +107,9 @@ func (r *resolver) answer(ctx context.Context, query []byte) []byte {
 	case err != nil:
 		reply.RCode = dnsmessage.RCodeServerFailure
 	}
+	if !r.ipv6 {
+		all = slices.DeleteFunc(all, netip.Addr.Is6)
+	}
 	return pack(reply, &q, all)
 }
 
@@ -130,6 +133,9 @@ func hostName(name string) (string, bool) {
 // refusal is kept.
 func (r *resolver) addresses(ctx context.Context, name string) ([]netip.Addr, error) {
 	if name == HostName {
+		for _, a := range r.gateways() {
+			r.remember(a, name)
+		}
 		return r.gateways(), nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, lookupPatience)

@@ -44,6 +44,10 @@ func (n *Network) forward(r *tcp.ForwarderRequest) {
 		r.Complete(true)
 		return
 	}
+	if n.dials.Wait(n.ctx) != nil {
+		r.Complete(true)
+		return
+	}
 	to := addrPort(r)
 	host, name, err := n.connect(to)
 	if err != nil {
@@ -51,6 +55,7 @@ func (n *Network) forward(r *tcp.ForwarderRequest) {
 		return
 	}
 	defer host.Close()
+	used := n.use.host(name, to)
 	var events waiter.Queue
 	ep, failed := r.CreateEndpoint(&events)
 	r.Complete(failed != nil)
@@ -64,7 +69,7 @@ func (n *Network) forward(r *tcp.ForwarderRequest) {
 		host.Close() // it is closed again
 	})
 	defer stop()
-	n.relay(guest, host, n.use.host(name, to))
+	n.relay(guest, host, used)
 }
 
 // addrPort is where the guest wants to connect to.
@@ -94,7 +99,7 @@ func (n *Network) connect(to netip.AddrPort) (conn *net.TCPConn, name string, er
 	if err != nil {
 		return nil, name, err
 	}
-	if n.cfg.Rule.Lists(name, target) && (egress.Rule{}).Check("", target) != nil {
+	if (egress.Rule{}).Check("", target) != nil {
 		n.use.private()
 	}
 	return c.(*net.TCPConn), name, nil
@@ -156,12 +161,16 @@ func (n *Network) relay(guest *guestConn, host *net.TCPConn, h *hostUse) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if n.copy(host, guest, n.up, h.sent) != nil || host.CloseWrite() != nil {
+		if n.copy(host, guest, n.up, h.sent) != nil {
 			broken()
+			return
 		}
+		_ = host.CloseWrite() // an error is told to who reads from it, too
 	}()
-	if n.copy(guest, host, n.down, h.received) != nil || guest.CloseWrite() != nil {
+	if n.copy(guest, host, n.down, h.received) != nil {
 		broken()
+	} else {
+		_ = guest.CloseWrite() // an error says that the guest has closed it
 	}
 	<-done
 }

@@ -40,6 +40,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/time/rate"
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -80,7 +81,9 @@ const (
 	maxDialing     = 64        // of them in their handshake
 	bufferSize     = 256 << 10 // of one connection and direction, in bytes
 	maxQueued      = 128       // packets that wait for the guest
-	framesASecond  = 20_000    // from the guest
+	dialsASecond   = 100
+	dialBurst      = 256
+	framesASecond  = 20_000 // from the guest
 )
 
 // Config says what a guest may reach.
@@ -114,6 +117,7 @@ type Network struct {
 
 	up, down *rate.Limiter // bytes of connections
 	frames   *rate.Limiter
+	dials    *rate.Limiter
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -135,7 +139,7 @@ type Network struct {
 func New(cfg Config, conn net.Conn) (*Network, error) {
 	n := &Network{cfg: cfg, link: conn, use: newUse(cfg.MaxBytes), replies: make(chan []byte, maxQueued),
 		slots: make(chan struct{}, maxConnections), frames: rate.NewLimiter(framesASecond, framesASecond/10),
-		up: limiter(cfg.Rate), down: limiter(cfg.Rate)}
+		dials: rate.NewLimiter(dialsASecond, dialBurst), up: limiter(cfg.Rate), down: limiter(cfg.Rate)}
 	if cfg.ipv6 != nil {
 		n.ipv6 = *cfg.ipv6
 	} else {
@@ -173,6 +177,9 @@ func (n *Network) startTCP() error {
 	send := tcpip.TCPSendBufferSizeRangeOption{Min: 4 << 10, Default: bufferSize, Max: bufferSize}
 	moderate := tcpip.TCPModerateReceiveBufferOption(false)
 	sack := tcpip.TCPSACKEnabled(true)
+	// The link loses and reorders nothing, so that nothing of a connection
+	// comes late.
+	wait := tcpip.TCPTimeWaitTimeoutOption(time.Second)
 	for _, err := range []tcpip.Error{
 		n.tcp.CreateNIC(nic, n.ep),
 		n.tcp.SetPromiscuousMode(nic, true), // packets for all addresses are ours
@@ -181,6 +188,7 @@ func (n *Network) startTCP() error {
 		n.tcp.SetTransportProtocolOption(tcp.ProtocolNumber, &send),
 		n.tcp.SetTransportProtocolOption(tcp.ProtocolNumber, &moderate),
 		n.tcp.SetTransportProtocolOption(tcp.ProtocolNumber, &sack),
+		n.tcp.SetTransportProtocolOption(tcp.ProtocolNumber, &wait),
 	} {
 		if err != nil {
 			return errors.New(err.String())
