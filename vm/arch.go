@@ -79,16 +79,6 @@ func archOf(system string) *arch {
 	return nil
 }
 
-// archNamed returns the one with that name, nil if there is none.
-func archNamed(name string) *arch {
-	for _, a := range arches {
-		if a.name == name {
-			return a
-		}
-	}
-	return nil
-}
-
 // archOfELF returns the one whose machine code a program holds, nil if it is
 // none of them.
 func archOfELF(m elf.Machine) *arch {

@@ -18,7 +18,7 @@ func TestWriteInitrd(t *testing.T) {
 	writeFiles(t, dir, map[string][]byte{"nbd": []byte("the program"), "busybox": []byte("sh")})
 	var b bytes.Buffer
 	modules := []module{{"virtio", []byte("v")}, {"erofs", []byte("ero")}}
-	if err := writeInitrd(&b, filepath.Join(dir, "nbd"), filepath.Join(dir, "busybox"), modules, nil); err != nil {
+	if err := writeInitrd(&b, filepath.Join(dir, "nbd"), filepath.Join(dir, "busybox"), modules, []module{{"kvm", []byte("k")}}); err != nil {
 		t.Fatal(err)
 	}
 	if b.Len()%4 != 0 {
@@ -33,7 +33,7 @@ func TestWriteInitrd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]string{"init": "the program", "busybox": "sh", "modules/000-virtio.ko": "v", "modules/001-erofs.ko": "ero"}
+	want := map[string]string{"init": "the program", "busybox": "sh", "modules/000-virtio.ko": "v", "modules/001-erofs.ko": "ero", "modules.kvm/000-kvm.ko": "k"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
