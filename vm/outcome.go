@@ -17,11 +17,12 @@ import (
 // blame looks for causes of an error that say more than the error: disks that
 // failed, and memory that ran out on the host.
 func (b *build) blame(err error) error {
-	if err == nil {
-		return nil
-	}
+	// Not even a success counts that was built of inputs that could not be read.
 	if derr := b.disks.inputs.Err(); derr != nil {
 		return derr
+	}
+	if err == nil {
+		return nil
 	}
 	if serr := b.disks.sink.Err(); serr != nil {
 		var broke *SinkError
