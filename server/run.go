@@ -308,7 +308,11 @@ func (b *Builds) runGuest(f *flight, a *attempt) (end *ending) {
 	a.log = newRunLog(file, time.Now())
 	defer a.log.Close() // it is closed below; here after a panic
 	if b.cfg.Runner.Emulated(j.drv.System) {
-		f.Tell(flightEvent{note: fmt.Sprintf("'%s' is built in an emulated machine (TCG), because this server has no KVM for %s: it takes many times as long", j.drvPath, j.drv.System)})
+		lack := "no KVM for " + j.drv.System
+		if j.drv.System == "builtin" { // that is no kind of machine
+			lack = "no KVM"
+		}
+		f.Tell(flightEvent{note: fmt.Sprintf("'%s' is built in an emulated machine (TCG), because this server has %s: it takes many times as long", j.drvPath, lack)})
 	}
 	f.Tell(flightEvent{attempt: a})
 
