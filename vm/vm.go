@@ -200,6 +200,11 @@ func New(cfg Config) (*Runner, error) {
 	if err := sweep(cfg.RuntimeDir); err != nil {
 		return nil, err
 	}
+	if text, err := cfg.certificates(); err != nil {
+		r.weak = append(r.weak, err.Error())
+	} else if text == nil {
+		r.weak = append(r.weak, "builds of fixed outputs have no certificates to check https with: install ca-certificates, or name a file with --certificates")
+	}
 	if inMemory(cfg.RuntimeDir) {
 		r.weak = append(r.weak, "scratch disks take memory from their builds: "+cfg.RuntimeDir+" is a tmpfs")
 	}
