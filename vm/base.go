@@ -19,10 +19,13 @@ type base struct {
 	qemu   qemu
 	kernel Kernel
 	shell  string // path
+	// stamped is the stamp of the parts when they were found.
+	stamped string
 
-	finding lock // held by who finds out what guests run on
-	found   atomic.Pointer[platform]
-	old     []*platform // replaced by Qualify; guarded by finding
+	qualifying lock // held by who boots guests to see whether they work
+	finding    lock // held by who finds out what guests run on
+	found      atomic.Pointer[platform]
+	old        []*platform // replaced, see refresh and Qualify; guarded by finding
 	// broken is why guests that are not native do not work, once that is known.
 	broken atomic.Pointer[error]
 }
@@ -30,7 +33,7 @@ type base struct {
 // findBase finds the parts. All that are missing are in its error, each a
 // *MissingError.
 func findBase(ctx context.Context, cfg *Config, a *arch) (*base, error) {
-	b := &base{arch: a, native: a.name == hostArchName(), finding: newLock()}
+	b := &base{arch: a, native: a.name == hostArchName(), qualifying: newLock(), finding: newLock()}
 	var errs [4]error
 	b.qemu, errs[0] = findQEMU(ctx, cfg.QEMU, a)
 	b.kernel, errs[1] = findKernel(cfg.StateDir, cfg.Kernel, a)
@@ -38,6 +41,7 @@ func findBase(ctx context.Context, cfg *Config, a *arch) (*base, error) {
 	if !b.native && cfg.AgentBinary == "" {
 		errs[3] = checkAgent(a)
 	}
+	b.stamped = b.stamp(cfg)
 	return b, errors.Join(errs[:]...)
 }
 
@@ -148,7 +152,7 @@ func (r *Runner) Systems() []System {
 	var list []System
 	for _, b := range r.bases {
 		for _, name := range b.arch.systems {
-			s := System{Name: name, Offered: true, QEMU: b.qemu.Version, Kernel: b.kernel.Name}
+			s := System{Name: name, Offered: true, QEMU: b.current().qemu.Version, Kernel: b.current().kernel.Name}
 			if why := b.broken.Load(); why != nil {
 				s.Offered, s.Broken, s.WhyNot = false, true, (*why).Error()
 			} else if r.baseOf(name) == nil {

@@ -35,7 +35,7 @@ func benchmarkStart(b *testing.B, start func(context.Context, *Runner, *platform
 // BenchmarkStartCold boots a guest until it is awake.
 func BenchmarkStartCold(b *testing.B) {
 	benchmarkStart(b, func(ctx context.Context, r *Runner, p *platform, m machine) (*guestVM, error) {
-		return r.cold(ctx, p, m, emptyDisks(), MemoryCostMiB(2048))
+		return r.cold(ctx, p, m, emptyDisks(), wholeMachine(m))
 	})
 }
 
@@ -52,7 +52,7 @@ func BenchmarkStartRestored(b *testing.B) {
 			b.Cleanup(t.release)
 			b.StartTimer()
 		}
-		return r.clone(ctx, p, m, t, emptyDisks(), MemoryCostMiB(2048))
+		return r.clone(ctx, p, m, t, emptyDisks(), wholeMachine(m))
 	})
 }
 

@@ -40,6 +40,9 @@ type machine struct {
 	tscKHz int
 	// kvm guests can run guests: builds in them may find /dev/kvm.
 	kvm bool
+	// onDemand guests boot with one processor. The others are brought up when it
+	// is known how many a build gets.
+	onDemand bool
 }
 
 // A mode is what a guest is started for.
@@ -120,11 +123,13 @@ func blockDevice(node string) string {
 	return fmt.Sprintf("virtio-blk-pci,drive=%s,serial=%s", node, node)
 }
 
-// kernelParameters returns the command line of the guest's kernel. It brings up
-// all processors, since under emulation each costs a clone three quarters of a
-// second the first time; a cpuset keeps a build from those it is not given.
+// kernelParameters returns the command line of the guest's kernel. A cpuset keeps
+// a build from processors that are up and that it is not given.
 func kernelParameters(m machine) string {
 	p := []string{"quiet", "panic=-1", "console=" + m.arch.console, "cryptomgr.notests"}
+	if m.onDemand {
+		p = append(p, "maxcpus=1")
+	}
 	if m.accel == "tcg" {
 		p = append(p, m.arch.parameters...)
 		if m.tscKHz > 0 {

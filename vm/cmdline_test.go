@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -32,7 +33,11 @@ func TestArguments(t *testing.T) {
 		{
 			name: "hardware", m: kvm, how: modeBoot,
 			want: []string{"-accel kvm", "-cpu host,migratable=on", "-smp 8", "-m 40960M"},
-			lack: []string{"tcg", "tsc_early_khz", "mitigations=off", "nokaslr", "no_timer_check"},
+			lack: []string{"tcg", "tsc_early_khz", "mitigations=off", "nokaslr", "no_timer_check", "maxcpus"},
+		},
+		{
+			name: "on demand", m: machine{arch: archX8664, accel: "kvm", vcpus: 8, memoryMiB: 2560, onDemand: true}, how: modeClone,
+			want: []string{"-smp 8", "maxcpus=1"},
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -102,16 +107,28 @@ func TestMachineFor(t *testing.T) {
 		{cores: 3, memory: 4096, want: machine{arch: archX8664, accel: "tcg", vcpus: 4, memoryMiB: 4608, tscKHz: 2000000}},
 		{cores: 128, memory: 100000, want: machine{arch: archX8664, accel: "tcg", vcpus: 128, memoryMiB: 131584, tscKHz: 2000000}},
 		{cores: 129, memory: 512, err: "at most 128 processors"},
-		{cores: 1, memory: 1 << 20, err: "at most 131584 MiB"},
+		{cores: 1, memory: 1 << 20, err: "at most 131392 MiB"},
 	} {
 		got, err := p.machineFor(tt.cores, tt.memory)
+		var bad *SpecError
 		switch {
 		case tt.err != "":
-			if err == nil || !strings.Contains(err.Error(), tt.err) {
+			if !errors.As(err, &bad) || !strings.Contains(err.Error(), tt.err) {
 				t.Errorf("%d, %d: %v, want %q", tt.cores, tt.memory, err, tt.err)
 			}
 		case err != nil || got != tt.want:
 			t.Errorf("%d, %d: %v, %v; want %v", tt.cores, tt.memory, got, err, tt.want)
+		}
+	}
+}
+
+// With hardware, one template serves many numbers of processors.
+func TestMachineOnDemand(t *testing.T) {
+	p := &platform{arch: archX8664, accel: "kvm", onDemand: true}
+	for cores, want := range map[int]int{1: 8, 2: 8, 8: 8, 9: 32, 128: 128} {
+		m, err := p.machineFor(cores, 2048)
+		if err != nil || m.vcpus != want || !m.onDemand {
+			t.Errorf("%d: %+v, %v", cores, m, err)
 		}
 	}
 }

@@ -80,6 +80,7 @@ func parseQEMUVersion(text string) (version string, major int, err error) {
 
 // A platform is what all guests of a Runner share, once it is known.
 type platform struct {
+	of      *base
 	arch    *arch
 	qemu    qemu
 	kernel  Kernel
@@ -87,8 +88,10 @@ type platform struct {
 	cgroups cgroupFactory // nil if there are none
 	accel   string
 	tscKHz  int
-	shell   string // hash of the sandbox's shell, hex
-	notKVM  string // why accel is not kvm
+	// onDemand says that guests bring up processors as they need them.
+	onDemand bool
+	shell    string // hash of the sandbox's shell, hex
+	notKVM   string // why accel is not kvm
 	// noNested says why guests do not run guests; if it is "", nested is whether
 	// they can, once that is known.
 	noNested string
@@ -167,27 +170,33 @@ func (a *answers) readLocked() (map[string]answer, error) {
 
 // platform returns what guests run on, found out on the first call: it may boot
 // a guest to see whether KVM works. Callers at the same time wait for one
-// another. After an error the next call tries again.
+// another. After an error the next call tries again. Later calls look whether
+// something was replaced.
 func (r *Runner) platform(ctx context.Context, b *base) (*platform, error) {
 	if err := b.finding.lock(ctx); err != nil {
 		return nil, err
 	}
 	defer b.finding.unlock()
 	if p := b.found.Load(); p != nil {
-		return p, nil
+		return r.refresh(ctx, b, p)
 	}
 	p, err := r.find(ctx, b, false)
 	if err != nil {
 		return nil, err
 	}
 	b.found.Store(p)
+	r.renewTemplates(p)
 	return p, nil
 }
 
 // find finds out what guests run on. When fresh is true, nothing that was
 // learned by booting counts.
 func (r *Runner) find(ctx context.Context, b *base, fresh bool) (_ *platform, err error) {
-	p := &platform{arch: b.arch, qemu: b.qemu, kernel: b.kernel, cgroups: r.cgroups}
+	b, err = b.latest(ctx, &r.cfg)
+	if err != nil {
+		return nil, err
+	}
+	p := &platform{of: b, arch: b.arch, qemu: b.qemu, kernel: b.kernel, cgroups: r.cgroups}
 	if p.shell, err = hashFile(b.shell); err != nil {
 		return nil, fmt.Errorf("read shell of the sandbox: %w", err)
 	}
@@ -230,7 +239,7 @@ func (r *Runner) chooseAccel(ctx context.Context, b *base, p *platform, fresh bo
 			return err
 		}
 		if reason == "" {
-			p.accel = "kvm"
+			p.accel, p.onDemand = "kvm", true
 			return nil
 		}
 		if r.cfg.Accel == "kvm" {
@@ -240,7 +249,11 @@ func (r *Runner) chooseAccel(ctx context.Context, b *base, p *platform, fresh bo
 	} else {
 		p.notKVM = "emulation was asked for by configuration"
 	}
-	p.accel, p.tscKHz = "tcg", tscFrequency()
+	p.accel = "tcg"
+	var err error
+	if p.tscKHz, err = keptFrequency(filepath.Join(r.cfg.StateDir, frequencyFile), tscFrequency()); err != nil {
+		r.cfg.Logger.Warn("guest templates may be made again after a restart", "err", err)
+	}
 	return nil
 }
 
@@ -306,7 +319,7 @@ func (r *Runner) bootOnce(ctx context.Context, p *platform, m machine) (err erro
 	}
 	disks := emptyDisks()
 	defer disks.sink.Close()
-	g, err := r.cold(ctx, p, m, disks, m.memoryMiB+overheadMiB)
+	g, err := r.cold(ctx, p, m, disks, wholeMachine(m))
 	if err != nil {
 		return err
 	}

@@ -138,42 +138,6 @@ func (b *build) start(ctx context.Context, outs Outputs) error {
 	return err
 }
 
-// startGuest starts a guest from a template, or else from cold, and wakes it.
-func (r *Runner) startGuest(ctx context.Context, p *platform, m machine, disks guestDisks, spec *Spec) (*guestVM, error) {
-	limit := MemoryCostMiB(spec.MemoryMiB)
-	if r.cfg.ColdBoot {
-		return r.cold(ctx, p, m, disks, limit)
-	}
-	id := p.templateID(m)
-	t, err := r.templates.get(ctx, id, func() (*template, error) {
-		// A template is made for all: it outlives who asked first.
-		life, leave, err := r.enter(context.Background())
-		if err != nil {
-			return nil, err
-		}
-		defer leave()
-		return r.makeTemplate(life, p, m)
-	})
-	if err == nil {
-		defer t.release()
-		g, err := r.clone(ctx, p, m, t, disks, limit)
-		if err == nil {
-			g.restored = true
-			return g, nil
-		}
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-		r.templates.drop(id, t)
-		r.cfg.Logger.Warn("guest template dropped, booting from cold", "build", spec.BuildID, "err", err)
-	} else if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
-	} else {
-		r.cfg.Logger.Warn("no guest template, booting from cold", "build", spec.BuildID, "err", err)
-	}
-	return r.cold(ctx, p, m, disks, limit)
-}
-
 // createOutput starts the i-th output.
 func (b *build) createOutput(ctx context.Context, outs Outputs, i int) (OutputWriter, error) {
 	if i == 0 {

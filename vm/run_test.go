@@ -169,6 +169,7 @@ func TestRun(t *testing.T) {
 		}
 		return res, log.String(), outs, err
 	}
+	warmUp(t, r, spec("warm", "true"))
 	failure := func(t *testing.T, err error, kind Kind) *BuildError {
 		t.Helper()
 		var failed *BuildError
@@ -380,20 +381,22 @@ func TestRun(t *testing.T) {
 			s.template.state.Close()
 			s.template.state = bad
 		}
-		res, _, _, err := run(t, spec("dropped", "echo x > $out"))
+		res, err := r.Run(t.Context(), spec("dropped", "echo x > $out"), io.Discard, new(memOutputs))
 		if err != nil {
 			t.Fatal(err)
 		}
 		if res.Restored {
 			t.Error("restored from a broken template")
 		}
+		warmUp(t, r, spec("warm", "true"))
 		if res, _, _, err = run(t, spec("again", "echo x > $out")); err != nil || !res.Restored {
 			t.Errorf("the template was not made again: %v", err)
 		}
 	})
 	t.Run("status", func(t *testing.T) {
 		s := r.Status()
-		if s.Accel != "tcg" || s.WhyNotKVM == "" || s.Templates == 0 || s.Guests != 0 || s.Generation == "" || s.Generation != r.Generation("x86_64-linux") {
+		generation, err := r.Generation(t.Context(), "x86_64-linux")
+		if err != nil || s.Accel != "tcg" || s.WhyNotKVM == "" || s.Templates == 0 || s.Guests != 0 || s.Generation == "" || s.Generation != generation {
 			t.Errorf("%+v", s)
 		}
 	})

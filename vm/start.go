@@ -84,7 +84,7 @@ type guestDisks struct {
 
 // launch starts QEMU with its sockets, up to and including the QMP handshake. The
 // guest must be closed.
-func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, ram *os.File, disks guestDisks, limitMiB int) (_ *guestVM, err error) {
+func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, ram *os.File, disks guestDisks, gets share) (_ *guestVM, err error) {
 	g := &guestVM{machine: m, console: new(console)}
 	g.ctx, g.cancel = context.WithCancelCause(ctx)
 	defer func() {
@@ -110,7 +110,7 @@ func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, r
 	}
 	r.alive.Add(1)
 	g.cleanup = append(g.cleanup, func() error { r.alive.Add(-1); return nil })
-	if err := g.enterGroup(p.cgroups, limitMiB); err != nil {
+	if err := g.enterGroup(p.cgroups, gets.limitMiB); err != nil {
 		return nil, err
 	}
 	scratch, err := r.scratchFile(disks.scratch, id)
@@ -274,12 +274,16 @@ func (g *guestVM) hello(ctx context.Context) (*link.Hello, error) {
 	return h, nil
 }
 
-// wake gives the guest what it must not share with its siblings.
-func (g *guestVM) wake(ctx context.Context) error {
+// wake gives the guest what it must not share with its siblings, and so many
+// processors if it gets them on demand.
+func (g *guestVM) wake(ctx context.Context, cpus int) error {
 	ctx, stop := g.within(ctx, bootPatience, "the guest did not wake in time")
 	defer stop()
 	w := &link.Wake{Entropy: make([]byte, link.MinEntropy)}
 	rand.Read(w.Entropy)
+	if g.machine.onDemand {
+		w.CPUs = cpus
+	}
 	w.Time = time.Now().UnixNano()
 	if err := g.send(ctx, w); err != nil {
 		return g.explain(fmt.Errorf("wake guest: %w", err))

@@ -7,16 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
-
-// templateRetry is how long guests boot from cold after a template could not be
-// made.
-const templateRetry = 10 * time.Minute
 
 // A template is a guest that has booted and was saved. Clones get a copy of its
 // memory, of the hundred or so MiB that are in use.
@@ -30,6 +27,18 @@ type template struct {
 	ram, state *os.File // memfds
 	mu         sync.Mutex
 	users      int // clones being started, and one for being in the table
+}
+
+// bytes is how much memory the template takes.
+func (t *template) bytes() int64 {
+	var sum int64
+	for _, f := range []*os.File{t.ram, t.state} {
+		var st unix.Stat_t
+		if err := unix.Fstat(int(f.Fd()), &st); err == nil {
+			sum += st.Blocks * 512
+		}
+	}
+	return sum
 }
 
 // close gives up one use of the template. Guests that run hold its memory by
@@ -49,123 +58,34 @@ func (t *template) retain() *template {
 	return t
 }
 
-// templates holds a template for each kind of machine that was asked for.
-type templates struct {
-	mu   sync.Mutex
-	byID map[string]*templateSlot
-}
-
-// A templateSlot is where one template is, is being made, or was not made.
-type templateSlot struct {
-	done chan struct{} // closed when the making has ended
-	// The fields below are written before done is closed.
-	template *template // holds a use; nil after a failure
-	err      error
-	at       time.Time
-}
-
 // templateID names what a template depends on: everything that goes into the
-// guest, and the program that runs it.
+// guest, the program that runs it, and with hardware this machine's processor
+// and kernel.
 func (p *platform) templateID(m machine) string {
 	h := sha256.New()
 	_, initrd := p.boot.initrdFor(m)
 	fmt.Fprintf(h, "%s\n%s\n%s\n%s\n", p.qemu.id, p.boot.kernelHash, initrd,
 		strings.Join(arguments(m, modeClone), "\n"))
+	if m.accel == "kvm" {
+		fmt.Fprintf(h, "%s\n", hostID())
+	}
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// get returns the template with that id, for one use that ends with release. If
-// there is none make makes it, once however many wait; they wait no longer
-// than ctx. A failure is remembered for templateRetry.
-func (t *templates) get(ctx context.Context, id string, make func() (*template, error)) (*template, error) {
-	t.mu.Lock()
-	s := t.byID[id]
-	if s == nil || s.expired() {
-		s = t.startLocked(id, make)
+// hostID names the processor and the kernel of this machine.
+var hostID = sync.OnceValue(func() string {
+	cpuinfo, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		cpuinfo = nil // an unknown processor is one, too
 	}
-	t.mu.Unlock()
-	select {
-	case <-s.done:
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+	first, _, _ := strings.Cut(string(cpuinfo), "\n\n")
+	lines := slices.DeleteFunc(strings.Split(first, "\n"), func(l string) bool { return strings.HasPrefix(l, "cpu MHz") })
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		uts = unix.Utsname{}
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if s.err != nil {
-		return nil, s.err
-	}
-	if t.byID[id] != s {
-		return nil, errors.New("the template was dropped")
-	}
-	return s.template.retain(), nil
-}
-
-// expired reports that the slot holds a failure that is to be tried again.
-func (s *templateSlot) expired() bool {
-	select {
-	case <-s.done:
-		return s.err != nil && time.Since(s.at) > templateRetry
-	default:
-		return false
-	}
-}
-
-// startLocked starts the making of a template.
-func (t *templates) startLocked(id string, make func() (*template, error)) *templateSlot {
-	s := &templateSlot{done: newDone()}
-	t.byID[id] = s
-	go func() {
-		s.template, s.err = make()
-		s.at = time.Now()
-		close(s.done)
-	}()
-	return s
-}
-
-func newDone() chan struct{} { return make(chan struct{}) }
-
-// drop forgets a template that did not work.
-func (t *templates) drop(id string, bad *template) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if s := t.byID[id]; s != nil && s.template == bad {
-		delete(t.byID, id)
-		bad.release()
-	}
-}
-
-// count returns how many templates are ready, and the errors of those that
-// could not be made.
-func (t *templates) count() (ready int, failures []error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, s := range t.byID {
-		select {
-		case <-s.done:
-			if s.err != nil {
-				failures = append(failures, s.err)
-			} else {
-				ready++
-			}
-		default:
-		}
-	}
-	return ready, failures
-}
-
-// close waits for templates being made and frees all.
-func (t *templates) close() {
-	t.mu.Lock()
-	slots := t.byID
-	t.byID = map[string]*templateSlot{}
-	t.mu.Unlock()
-	for _, s := range slots {
-		<-s.done
-		if s.template != nil {
-			s.template.release()
-		}
-	}
-}
+	return strings.Join(append(lines, unix.ByteSliceToString(uts.Release[:]), unix.ByteSliceToString(uts.Version[:])), "\n")
+})
 
 // makeTemplate boots a guest, saves it and proves that a clone of it wakes.
 func (r *Runner) makeTemplate(ctx context.Context, p *platform, m machine) (*template, error) {
@@ -174,12 +94,11 @@ func (r *Runner) makeTemplate(ctx context.Context, p *platform, m machine) (*tem
 	if err != nil {
 		return nil, fmt.Errorf("make template: %w", err)
 	}
-	g, err := r.clone(ctx, p, m, t, emptyDisks(), m.memoryMiB+overheadMiB)
-	if err != nil {
-		t.release()
-		return nil, fmt.Errorf("prove template: %w", err)
+	g, err := r.clone(ctx, p, m, t, emptyDisks(), wholeMachine(m))
+	if err == nil {
+		err = g.close()
 	}
-	if err := g.close(); err != nil {
+	if err != nil {
 		t.release()
 		return nil, fmt.Errorf("prove template: %w", err)
 	}
@@ -209,7 +128,7 @@ func (r *Runner) saveGuest(ctx context.Context, p *platform, m machine) (_ *temp
 	}
 	disks := emptyDisks()
 	defer disks.sink.Close()
-	g, err := r.launch(ctx, p, m, modeBoot, t.ram, disks, m.memoryMiB+overheadMiB)
+	g, err := r.launch(ctx, p, m, modeBoot, t.ram, disks, wholeMachine(m))
 	if err != nil {
 		return nil, err
 	}
@@ -237,50 +156,63 @@ func (g *guestVM) save(ctx context.Context, state *os.File) error {
 	return nil
 }
 
+// A share is what a guest gets of its machine and of the host.
+type share struct {
+	cpus     int // processors that are brought up, of those on demand
+	limitMiB int // memory of QEMU's cgroup
+}
+
+func wholeMachine(m machine) share {
+	return share{cpus: m.vcpus, limitMiB: m.memoryMiB + overheadMiB}
+}
+
 // clone starts a guest from a template and wakes it.
-func (r *Runner) clone(ctx context.Context, p *platform, m machine, t *template, disks guestDisks, limitMiB int) (*guestVM, error) {
+func (r *Runner) clone(ctx context.Context, p *platform, m machine, t *template, disks guestDisks, gets share) (*guestVM, error) {
 	ram, err := memfd("nbd-guest", int64(m.memoryMiB)<<20)
 	if err != nil {
 		return nil, err
 	}
 	defer ram.Close()
-	if err := copySparse(ram, t.ram, int64(m.memoryMiB)<<20); err != nil {
-		return nil, err
-	}
 	// Each clone reads the state through an open file of its own.
 	state, err := reopen(t.state)
 	if err != nil {
 		return nil, err
 	}
 	defer state.Close()
-	g, err := r.launch(ctx, p, m, modeClone, ram, disks, limitMiB)
+	// QEMU looks at the memory when it restores the state, and not before.
+	copied := make(chan error, 1)
+	go func() { copied <- copySparse(ram, t.ram, int64(m.memoryMiB)<<20) }()
+	g, err := r.launch(ctx, p, m, modeClone, ram, disks, gets)
+	if cerr := <-copied; err == nil && cerr != nil {
+		err = errors.Join(cerr, g.close())
+	}
 	if err != nil {
 		return nil, err
 	}
 	if err := g.restore(ctx, state); err != nil {
 		return nil, errors.Join(err, g.close())
 	}
-	if err := g.wake(ctx); err != nil {
+	if err := g.wake(ctx, gets.cpus); err != nil {
 		return nil, errors.Join(err, g.close())
 	}
 	return g, nil
 }
 
 // cold boots a guest and wakes it.
-func (r *Runner) cold(ctx context.Context, p *platform, m machine, disks guestDisks, limitMiB int) (*guestVM, error) {
+func (r *Runner) cold(ctx context.Context, p *platform, m machine, disks guestDisks, gets share) (*guestVM, error) {
 	ram, err := memfd("nbd-guest", int64(m.memoryMiB)<<20)
 	if err != nil {
 		return nil, err
 	}
 	defer ram.Close()
-	g, err := r.launch(ctx, p, m, modeBoot, ram, disks, limitMiB)
+	g, err := r.launch(ctx, p, m, modeBoot, ram, disks, gets)
 	if err != nil {
 		return nil, err
 	}
 	if _, err := g.hello(ctx); err != nil {
 		return nil, errors.Join(err, g.close())
 	}
-	if err := g.wake(ctx); err != nil {
+	if err := g.wake(ctx, gets.cpus); err != nil {
 		return nil, errors.Join(err, g.close())
 	}
 	return g, nil

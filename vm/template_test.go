@@ -2,14 +2,11 @@ package vm
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"errors"
 	"io"
 	"os"
 	"path/filepath"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -30,95 +27,36 @@ func newTemplate(t *testing.T) *template {
 	return &template{ram: ram, state: state, users: 1}
 }
 
-func closed(f *os.File) bool {
-	_, err := f.Stat()
-	return errors.Is(err, os.ErrClosed)
-}
-
-func TestTemplatesAreMadeOnce(t *testing.T) {
-	all := templates{byID: map[string]*templateSlot{}}
-	var made atomic.Int32
-	release := make(chan struct{})
-	bad := newTemplate(t)
-	make := func() (*template, error) {
-		made.Add(1)
-		<-release
-		return bad, nil
-	}
-	var wg sync.WaitGroup
-	for range 8 {
-		wg.Go(func() {
-			got, err := all.get(t.Context(), "a", make)
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			got.release()
-		})
-	}
-	// Who does not want to wait does not.
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if _, err := all.get(ctx, "a", make); !errors.Is(err, context.Canceled) {
-		t.Errorf("cancelled: %v", err)
-	}
-	close(release)
-	wg.Wait()
-	if made.Load() != 1 {
-		t.Errorf("made %d times", made.Load())
-	}
-	if ready, failures := all.count(); ready != 1 || len(failures) != 0 {
-		t.Errorf("%d ready, %v", ready, failures)
-	}
-	// One that is dropped stays whole while somebody uses it.
-	used, err := all.get(t.Context(), "a", make)
+// warmUp returns when there is a template for a build and nothing is being made.
+func warmUp(t testing.TB, r *Runner, spec *Spec) {
+	t.Helper()
+	p, err := r.platform(t.Context(), r.native)
 	if err != nil {
 		t.Fatal(err)
 	}
-	all.drop("a", used)
-	all.drop("a", used) // and once is enough
-	if closed(bad.ram) {
-		t.Error("closed under its user")
+	m, err := p.machineFor(spec.Cores, spec.MemoryMiB)
+	if err != nil {
+		t.Fatal(err)
 	}
-	used.release()
-	if !closed(bad.ram) || !closed(bad.state) {
-		t.Error("not closed after its last use")
-	}
-	bad = newTemplate(t)
-	if again, err := all.get(t.Context(), "a", make); err != nil || made.Load() != 2 {
-		t.Errorf("not made again: %v", err)
-	} else {
-		again.release()
-	}
-	all.close()
-	if !closed(bad.ram) {
-		t.Error("not closed at the end")
-	}
+	warmUpMachine(t, r, p, m)
 }
 
-func TestTemplateFailureIsRemembered(t *testing.T) {
-	all := templates{byID: map[string]*templateSlot{}}
-	made := 0
-	make := func() (*template, error) {
-		made++
-		return nil, errors.New("no luck")
+func warmUpMachine(t testing.TB, r *Runner, p *platform, m machine) {
+	t.Helper()
+	r.templates.want(p, m, r.templateMaker(p, m))
+	r.templates.mu.Lock()
+	s := r.templates.byID[p.templateID(m)]
+	r.templates.mu.Unlock()
+	<-s.done
+	if r.templates.mu.Lock(); s.err != nil {
+		t.Error(s.err)
 	}
-	for range 3 {
-		if _, err := all.get(t.Context(), "a", make); err == nil || err.Error() != "no luck" {
-			t.Errorf("got %v", err)
-		}
-	}
-	if made != 1 {
-		t.Errorf("tried %d times", made)
-	}
-	if ready, failures := all.count(); ready != 0 || len(failures) != 1 {
-		t.Errorf("%d ready, %v", ready, failures)
-	}
-	all.byID["a"].at = time.Now().Add(-2 * templateRetry)
-	all.get(t.Context(), "a", make)
-	if made != 2 {
-		t.Errorf("tried %d times after a while", made)
-	}
+	r.templates.mu.Unlock()
+}
+
+func closed(f *os.File) bool {
+	_, err := f.Stat()
+	return errors.Is(err, os.ErrClosed)
 }
 
 func TestTemplateID(t *testing.T) {
@@ -137,6 +75,7 @@ func TestTemplateID(t *testing.T) {
 		"memory":    func(p *platform, m *machine) { m.memoryMiB++ },
 		"vcpus":     func(p *platform, m *machine) { m.vcpus++ },
 		"accel":     func(p *platform, m *machine) { m.accel = "kvm" },
+		"on demand": func(p *platform, m *machine) { m.onDemand = true },
 		"frequency": func(p *platform, m *machine) { m.tscKHz = 1000 },
 	} {
 		q, n := p(), m

@@ -1,7 +1,10 @@
 package vm
 
 import (
+	"errors"
+	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -12,21 +15,50 @@ import (
 // and uses a slow clock for the rest of its life.
 
 // tscFrequency measures the frequency of the host's counter in kHz. It returns
-// 0 when the host does not vouch for the counter, or when measurements do not
-// agree to one part in 2,000.
+// 0 when the host does not vouch for the counter, or when measurements never
+// agree to one part in 2,000, as on a busy machine.
 func tscFrequency() int {
 	cpuinfo, err := os.ReadFile("/proc/cpuinfo")
 	if err != nil || !hasFlag(string(cpuinfo), "constant_tsc") || !hasFlag(string(cpuinfo), "nonstop_tsc") {
 		return 0
 	}
-	var kHz [3]float64
-	for i := range kHz {
-		start, from := time.Now(), rdtsc()
-		time.Sleep(15 * time.Millisecond)
-		ticks, passed := rdtsc()-from, time.Since(start)
-		kHz[i] = float64(ticks) / (float64(passed) / float64(time.Millisecond))
+	for range 5 {
+		var kHz [3]float64
+		for i := range kHz {
+			start, from := time.Now(), rdtsc()
+			time.Sleep(15 * time.Millisecond)
+			ticks, passed := rdtsc()-from, time.Since(start)
+			kHz[i] = float64(ticks) / (float64(passed) / float64(time.Millisecond))
+		}
+		if f := agree(kHz[:], 0.0005); f != 0 {
+			return f
+		}
 	}
-	return agree(kHz[:], 0.0005)
+	return 0
+}
+
+// frequencyFile is where in the state directory the frequency is kept.
+const frequencyFile = "tsc-khz"
+
+// keptFrequency returns what was measured first, if a new measurement agrees with
+// it: the frequency is part of what a template depends on, and no two
+// measurements are the same. Else the new one is kept.
+func keptFrequency(path string, measured int) (int, error) {
+	text, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return measured, fmt.Errorf("recall frequency: %w", err)
+	}
+	first, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if measured == 0 {
+		return 0, nil
+	}
+	if err == nil && agree([]float64{float64(first), float64(measured)}, 0.0005) != 0 {
+		return first, nil
+	}
+	if err := os.WriteFile(path, []byte(strconv.Itoa(measured)+"\n"), 0o644); err != nil {
+		return measured, fmt.Errorf("keep frequency: %w", err)
+	}
+	return measured, nil
 }
 
 // agree returns the mean of values that differ by no more than the given part

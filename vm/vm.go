@@ -12,7 +12,8 @@
 //  3. The guest starts as a clone of a template: a guest of the same shape that
 //     booted once and was saved just after its agent said hello. It gets a copy
 //     of the template's memory and state. When that fails the template is dropped
-//     and the guest boots from cold.
+//     and made anew, and the guest boots from cold. Templates are made in the
+//     background and kept on the disk (templates.go, savedtemplate.go).
 //  4. Clones wake as twins. The host sends entropy and the time; the agent refuses
 //     work before.
 //  5. The host sends the build order. The log arrives on a port of its own, the
@@ -164,7 +165,8 @@ type Runner struct {
 	// weak are the weaknesses that New found.
 	weak []string
 
-	templates templates
+	templates *templates
+	saved     *templateStore
 	alive     atomic.Int64 // guests
 	scratches scratchFiles
 	processes processes
@@ -188,9 +190,11 @@ func New(cfg Config) (*Runner, error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
-	r := &Runner{cfg: cfg, lacking: map[*arch][]*MissingError{}, templates: templates{byID: map[string]*templateSlot{}},
+	r := &Runner{cfg: cfg, lacking: map[*arch][]*MissingError{},
 		answers: &answers{path: filepath.Join(cfg.StateDir, qualifiedFile)}}
 	r.life, r.end = context.WithCancelCause(context.Background())
+	budget := templateBudget(machineBytes())
+	r.templates, r.saved = newTemplates(budget), newSavedTemplates(cfg.StateDir, budget)
 	if err := r.findBases(); err != nil {
 		return nil, err
 	}
@@ -225,6 +229,15 @@ func New(cfg Config) (*Runner, error) {
 		r.weak = append(r.weak, lacks)
 	}
 	return r, nil
+}
+
+// machineBytes returns how much memory the machine has, 0 if that is not told.
+func machineBytes() int64 {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 0
+	}
+	return int64(info.Totalram) * int64(info.Unit)
 }
 
 // inMemory reports whether files in dir lie in memory.
@@ -315,9 +328,10 @@ func (r *Runner) enter(ctx context.Context) (_ context.Context, leave func(), er
 
 // Status tells what is known now, without booting anything.
 func (r *Runner) Status() Status {
+	native := r.native.current()
 	s := Status{
-		QEMU: r.native.qemu.Version, QEMUPath: r.native.qemu.Path,
-		Kernel: r.native.kernel.Name, KernelPath: r.native.kernel.Image, Busybox: r.native.shell,
+		QEMU: native.qemu.Version, QEMUPath: native.qemu.Path,
+		Kernel: native.kernel.Name, KernelPath: native.kernel.Image, Busybox: native.shell,
 		Systems: r.Systems(), Features: r.Features(),
 		Guests: int(r.alive.Load()), Weaknesses: slices.Clone(r.weak),
 	}
@@ -360,6 +374,11 @@ func (r *Runner) Qualify(ctx context.Context, fresh bool) (Status, error) {
 
 // qualify is Qualify for the guests of one base.
 func (r *Runner) qualify(ctx context.Context, b *base, fresh bool) error {
+	// Who comes second finds the answers.
+	if err := b.qualifying.lock(ctx); err != nil {
+		return err
+	}
+	defer b.qualifying.unlock()
 	p, err := r.qualified(ctx, b, fresh)
 	if err != nil {
 		return err
@@ -404,32 +423,39 @@ func (r *Runner) qualified(ctx context.Context, b *base, fresh bool) (*platform,
 	}
 	if old := b.found.Swap(p); old != nil {
 		b.old = append(b.old, old)
+		r.renewTemplates(p)
 	}
 	return p, nil
 }
 
 // Generation returns the sandbox generation of builds for a system, together
 // with what else can make a failing builder end differently: the shell's hash,
-// CPU model and accelerator. It is "" until the accelerator is known (Qualify,
-// Run).
-func (r *Runner) Generation(system string) string {
-	if p := r.foundFor(system); p != nil {
-		return p.generation()
+// CPU model and accelerator. The last may have to be found out first, by booting
+// a guest. It is "" for a system that is not offered.
+func (r *Runner) Generation(ctx context.Context, system string) (string, error) {
+	b := r.baseOf(system)
+	if b == nil {
+		return "", nil
 	}
-	return ""
+	ctx, leave, err := r.enter(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer leave()
+	p, err := r.platform(ctx, b)
+	if err != nil {
+		return "", err
+	}
+	return p.generation(), nil
 }
 
 // Emulated reports whether builds for a system run in emulated guests, as far as
 // that is known.
 func (r *Runner) Emulated(system string) bool {
-	p := r.foundFor(system)
-	return p != nil && p.accel == "tcg"
-}
-
-// foundFor returns what guests for a system run on, nil if it is not known.
-func (r *Runner) foundFor(system string) *platform {
-	if b := r.baseOf(system); b != nil {
-		return b.found.Load()
+	b := r.baseOf(system)
+	if b == nil {
+		return false
 	}
-	return nil
+	p := b.found.Load()
+	return p != nil && p.accel == "tcg"
 }

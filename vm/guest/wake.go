@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -17,14 +18,16 @@ const (
 	rndReseedCRNG = 0x5207
 )
 
-// wake gives the guest entropy and the time of its own. Time comes
-// after entropy: it is wrong by what happens between the host's look at its
-// clock and here.
+// wake gives the guest entropy, processors and the time of its own.
 func wake(w *link.Wake) error {
+	begun := time.Now()
 	if err := reseed(w.Entropy); err != nil {
 		return fmt.Errorf("reseed: %w", err)
 	}
-	now := unix.NsecToTimespec(w.Time)
+	if err := bringUp(w.CPUs); err != nil {
+		return fmt.Errorf("bring up processors: %w", err)
+	}
+	now := unix.NsecToTimespec(w.Time + int64(time.Since(begun)))
 	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &now); err != nil {
 		return fmt.Errorf("set time: %w", err)
 	}

@@ -78,6 +78,8 @@ type Hello struct {
 type Wake struct {
 	Entropy []byte // at least MinEntropy bytes from the host's generator
 	Time    int64  // Unix time in nanoseconds
+	// CPUs is how many processors are to be up; fewer than are up change nothing.
+	CPUs int
 }
 
 // MinEntropy is the least number of bytes that a Wake must carry.

@@ -1,0 +1,364 @@
+package vm
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A template on the disk outlives the server: to read one takes a fraction of a
+// second, to make one a few seconds, many with emulation. Guests never run from
+// the file. It is read into memory that only we have, and counts if all of it has
+// the hash at its end.
+//
+// The file is savedMagic; the length of the header, a 32-bit number with its
+// lowest byte first; the header, a savedHeader in JSON; QEMU's state; the parts
+// of memory; and the SHA-256 of everything before it. Its name is the template's
+// id, and the time of its last change that of when it was last read.
+
+// templatesDir is where in the state directory they lie.
+const templatesDir = "templates"
+
+const (
+	savedMagic = "nbd template 1\n"
+	savedNew   = ".new-" // begins the name of one that is being written
+	// Bounds of what is believed of a file.
+	maxSavedHeader = 8 << 20
+	maxSavedState  = 256 << 20
+)
+
+// A savedHeader says what a file holds.
+type savedHeader struct {
+	ID               string
+	Arch             string
+	VCPUs, MemoryMiB int
+	KVM, OnDemand    bool
+	State            int64      // bytes
+	Parts            [][2]int64 // of the memory: offset and length of each, rising
+}
+
+// errNotSaved says that a file is not what it should be.
+var errNotSaved = errors.New("damaged")
+
+// size returns how long a file with the header is, whose JSON has so many bytes.
+func (h *savedHeader) size(header int) int64 {
+	size := int64(len(savedMagic)+4+header) + h.State + sha256.Size
+	for _, p := range h.Parts {
+		size += p[1]
+	}
+	return size
+}
+
+// check refuses what no file of ours says.
+func (h *savedHeader) check() error {
+	memory := int64(h.MemoryMiB) << 20
+	if h.MemoryMiB < 1 || h.MemoryMiB > slices.Max(memoryClasses) || h.VCPUs < 1 || h.State < 1 || h.State > maxSavedState {
+		return fmt.Errorf("%w: its sizes cannot be", errNotSaved)
+	}
+	end := int64(0)
+	for _, p := range h.Parts {
+		if p[0] < end || p[1] < 1 || p[0] > memory || p[1] > memory-p[0] {
+			return fmt.Errorf("%w: its memory cannot be", errNotSaved)
+		}
+		end = p[0] + p[1]
+	}
+	return nil
+}
+
+// machine returns the machine of a saved template on a platform, the one with
+// the same sizes.
+func (h *savedHeader) machine(p *platform) machine {
+	return machine{arch: p.arch, accel: p.accel, tscKHz: p.tscKHz,
+		vcpus: h.VCPUs, memoryMiB: h.MemoryMiB, kvm: h.KVM, onDemand: h.OnDemand}
+}
+
+// encodeTemplate writes a template as a file.
+func encodeTemplate(w io.Writer, id string, m machine, t *template) error {
+	h := savedHeader{ID: id, Arch: m.arch.name, VCPUs: m.vcpus, MemoryMiB: m.memoryMiB, KVM: m.kvm, OnDemand: m.onDemand}
+	info, err := t.state.Stat()
+	if err != nil {
+		return err
+	}
+	h.State = info.Size()
+	err = eachData(t.ram, int64(m.memoryMiB)<<20, func(off, n int64) error {
+		h.Parts = append(h.Parts, [2]int64{off, n})
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	text, err := json.Marshal(&h)
+	if err != nil {
+		return err
+	}
+	sum := sha256.New()
+	to := io.MultiWriter(w, sum)
+	head := binary.LittleEndian.AppendUint32([]byte(savedMagic), uint32(len(text)))
+	if _, err := to.Write(append(head, text...)); err != nil {
+		return err
+	}
+	buf := make([]byte, 1<<20)
+	from := func(f *os.File, off, n int64) error {
+		_, err := io.CopyBuffer(to, io.NewSectionReader(f, off, n), buf)
+		return err
+	}
+	if err := from(t.state, 0, h.State); err != nil {
+		return err
+	}
+	for _, p := range h.Parts {
+		if err := from(t.ram, p[0], p[1]); err != nil {
+			return err
+		}
+	}
+	_, err = w.Write(sum.Sum(nil))
+	return err
+}
+
+// A savedReader reads a file and hashes what it reads.
+type savedReader struct {
+	r   io.Reader // of the file
+	sum hash.Hash
+}
+
+func (r *savedReader) Read(p []byte) (int, error) {
+	n, err := r.r.Read(p)
+	r.sum.Write(p[:n])
+	return n, err
+}
+
+// readHeader reads the start of a file of so many bytes.
+func (r *savedReader) readHeader(size int64) (*savedHeader, error) {
+	head := make([]byte, len(savedMagic)+4)
+	if _, err := io.ReadFull(r, head); err != nil {
+		return nil, fmt.Errorf("%w: %w", errNotSaved, err)
+	}
+	length := binary.LittleEndian.Uint32(head[len(savedMagic):])
+	if string(head[:len(savedMagic)]) != savedMagic || length > maxSavedHeader || int64(length) > size {
+		return nil, fmt.Errorf("%w: it does not begin as a template", errNotSaved)
+	}
+	text := make([]byte, length)
+	if _, err := io.ReadFull(r, text); err != nil {
+		return nil, fmt.Errorf("%w: %w", errNotSaved, err)
+	}
+	var h savedHeader
+	d := json.NewDecoder(bytes.NewReader(text))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&h); err != nil {
+		return nil, fmt.Errorf("%w: %w", errNotSaved, err)
+	}
+	if err := h.check(); err != nil {
+		return nil, err
+	}
+	if h.size(len(text)) != size {
+		return nil, fmt.Errorf("%w: it has %d bytes and not %d", errNotSaved, size, h.size(len(text)))
+	}
+	return &h, nil
+}
+
+// decodeTemplate reads the template with that id from a file of so many bytes. If
+// anything in it is not as it was written, the error wraps errNotSaved.
+func decodeTemplate(file io.Reader, size int64, id string) (_ *template, err error) {
+	r := &savedReader{file, sha256.New()}
+	h, err := r.readHeader(size)
+	if err != nil {
+		return nil, err
+	}
+	if h.ID != id {
+		return nil, fmt.Errorf("%w: it is another one", errNotSaved)
+	}
+	t := &template{users: 1}
+	defer func() {
+		if err != nil {
+			t.release()
+		}
+	}()
+	if t.ram, err = memfd("nbd-template", int64(h.MemoryMiB)<<20); err != nil {
+		return nil, err
+	}
+	if t.state, err = memfd("nbd-template-state", 0); err != nil {
+		return nil, err
+	}
+	buf := make([]byte, 1<<20)
+	into := func(f *os.File, off, n int64) error {
+		got, err := io.CopyBuffer(io.NewOffsetWriter(f, off), io.LimitReader(r, n), buf)
+		if err == nil && got < n {
+			err = fmt.Errorf("%w: %w", errNotSaved, io.ErrUnexpectedEOF)
+		}
+		return err
+	}
+	if err := into(t.state, 0, h.State); err != nil {
+		return nil, err
+	}
+	for _, p := range h.Parts {
+		if err := into(t.ram, p[0], p[1]); err != nil {
+			return nil, err
+		}
+	}
+	want := make([]byte, sha256.Size)
+	if _, err := io.ReadFull(file, want); err != nil {
+		return nil, fmt.Errorf("%w: %w", errNotSaved, err)
+	}
+	if !bytes.Equal(want, r.sum.Sum(nil)) {
+		return nil, fmt.Errorf("%w: its hash is another", errNotSaved)
+	}
+	return t, errors.Join(seal(t.ram), seal(t.state))
+}
+
+// A templateStore is the folder of saved templates.
+type templateStore struct {
+	dir    string
+	budget int64 // bytes of all of them
+}
+
+func (s *templateStore) path(id string) string { return filepath.Join(s.dir, id) }
+
+// load reads a template; an error that wraps os.ErrNotExist says that there is
+// none.
+func (s *templateStore) load(id string) (*template, error) {
+	f, size, err := openOwn(s.path(id))
+	if err != nil {
+		return nil, fmt.Errorf("read template: %w", err)
+	}
+	defer f.Close()
+	t, err := decodeTemplate(f, size, id)
+	if err != nil {
+		return nil, fmt.Errorf("read template: %w", err)
+	}
+	now := time.Now()
+	if err := os.Chtimes(s.path(id), now, now); err != nil {
+		t.release()
+		return nil, fmt.Errorf("read template: %w", err)
+	}
+	return t, nil
+}
+
+// openOwn opens a regular file that nobody but us may touch.
+func openOwn(path string) (_ *os.File, size int64, err error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, 0, err
+	}
+	info, err := f.Stat()
+	if err == nil && (!info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0 || int(info.Sys().(*syscall.Stat_t).Uid) != os.Geteuid()) {
+		err = fmt.Errorf("%w: others could have written it", errNotSaved)
+	}
+	if err != nil {
+		return nil, 0, errors.Join(err, f.Close())
+	}
+	return f, info.Size(), nil
+}
+
+// save writes a template, durable when it returns, and removes what is too much.
+func (s *templateStore) save(id string, m machine, t *template) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("save template: %w", err)
+		}
+	}()
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(s.dir, savedNew) // with mode 0600
+	if err != nil {
+		return err
+	}
+	err = encodeTemplate(f, id, m, t)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), s.path(id))
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return errors.Join(syncDir(s.dir), s.trim(id))
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// remove removes a template, if it is there.
+func (s *templateStore) remove(id string) error {
+	if err := os.Remove(s.path(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove template: %w", err)
+	}
+	return nil
+}
+
+// A savedFile is a file in the folder.
+type savedFile struct {
+	name string
+	size int64
+	used time.Time
+}
+
+// list returns what is in the folder, the one used last first.
+func (s *templateStore) list() ([]savedFile, error) {
+	entries, err := os.ReadDir(s.dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("list templates: %w", err)
+	}
+	var files []savedFile
+	for _, e := range entries {
+		if info, err := e.Info(); err == nil {
+			files = append(files, savedFile{e.Name(), info.Size(), info.ModTime()})
+		}
+	}
+	slices.SortFunc(files, func(a, b savedFile) int { return b.used.Compare(a.used) })
+	return files, nil
+}
+
+// trim removes those that were not used for the longest time until the rest fits
+// into the budget; not the one named, and not those being written now.
+func (s *templateStore) trim(keep string) error {
+	files, err := s.list()
+	if err != nil {
+		return err
+	}
+	var sum int64
+	var errs []error
+	for _, f := range files {
+		sum += f.size
+		unfinished := strings.HasPrefix(f.name, savedNew)
+		if f.name == keep || unfinished && time.Since(f.used) < time.Hour {
+			continue
+		}
+		if unfinished || sum > s.budget {
+			errs = append(errs, s.remove(f.name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// header reads what a file says it holds.
+func (s *templateStore) header(name string) (*savedHeader, error) {
+	f, size, err := openOwn(s.path(name))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	h, err := (&savedReader{f, sha256.New()}).readHeader(size)
+	if err == nil && h.ID != name {
+		err = fmt.Errorf("%w: it is another one", errNotSaved)
+	}
+	return h, err
+}
