@@ -17,7 +17,7 @@
 // structured attributes are not seen, as in Nix.
 //
 // What Nix's can do and these cannot: archives that are packed by lz4, lzip, lzop
-// or compress (.Z), parts of URLs that only curl knows (ftp, s3), and mirrors by
+// or compress (.Z), URLs that only curl knows (ftp, s3), and mirrors by
 // hash, proxies and passwords of the server, which are the owner's. A certificate
 // that is not trusted is not tried again, and connecting may take a minute.
 package builtin
