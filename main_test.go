@@ -215,6 +215,24 @@ func (p *preparedState) copyTo(dir string) error {
 	})
 }
 
+// keepTemplates gives later scripts the guest templates of one that has ended.
+func (p *preparedState) keepTemplates(state string) error {
+	made, err := filepath.Glob(filepath.Join(state, "templates", "[0-9a-f]*"))
+	if err != nil || len(made) == 0 {
+		return err
+	}
+	dir := filepath.Join(p.dir, "templates")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	for _, path := range made {
+		if err := os.Link(path, filepath.Join(dir, filepath.Base(path))); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	return nil
+}
+
 // A script is the state of one running script.
 type script struct {
 	base *preparedState
@@ -393,6 +411,9 @@ func (s *script) end() {
 				fmt.Fprintln(os.Stderr, "end of script:", err)
 			}
 		}
+	}
+	if err := s.base.keepTemplates(filepath.Join(s.work, "state")); err != nil {
+		fmt.Fprintln(os.Stderr, "end of script:", err)
 	}
 	if s.mount != "" {
 		if err := syscall.Unmount(s.mount, syscall.MNT_DETACH); err != nil {

@@ -271,6 +271,9 @@ func (s *templateStore) save(id string, m machine, t *template) (err error) {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return err
 	}
+	if err := s.room(t.bytes()); err != nil {
+		return err
+	}
 	f, err := os.CreateTemp(s.dir, savedNew) // with mode 0600
 	if err != nil {
 		return err
@@ -286,6 +289,19 @@ func (s *templateStore) save(id string, m machine, t *template) (err error) {
 		return errors.Join(err, os.Remove(f.Name()))
 	}
 	return errors.Join(syncDir(s.dir), s.trim(id))
+}
+
+// room says why a file of so many bytes is not to be written: it shall take no more
+// than a quarter of what is free.
+func (s *templateStore) room(bytes int64) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.dir, &st); err != nil {
+		return err
+	}
+	if free := int64(st.Bavail) * st.Bsize; bytes > free/4 {
+		return fmt.Errorf("it takes %d MiB, and %d MiB are free", bytes>>20, free>>20)
+	}
+	return nil
 }
 
 func syncDir(dir string) error {
