@@ -40,8 +40,13 @@ func newConfinement(path string, uid int) (c *confinement, weak []string) {
 	if !c.limits {
 		weak = append(weak, "QEMU may have as many files open, and as large ones, as the server: it lacks CAP_SYS_RESOURCE")
 	}
-	if err := c.try(path, uid); err != nil {
+	if c.network && c.try(path, uid) != nil {
 		c.network = false
+	}
+	if err := c.try(path, uid); c.landlock > 0 && err != nil {
+		// It may be installed where we do not expect it.
+		c.landlock = 0
+		weak = append(weak, "QEMU can read what every user of this machine can: with Landlock it does not start: "+err.Error())
 	}
 	if !c.network && c.landlock < 4 {
 		weak = append(weak, "QEMU is in the server's network, and only its own rules keep it from that")
@@ -66,7 +71,7 @@ func (c *confinement) try(path string, uid int) error {
 // programFiles returns what a program of a distribution consists of: itself, its
 // libraries and its data, wherever it is installed.
 func programFiles(path string) []string {
-	all := []string{"/usr", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/ld.so.preload",
+	all := []string{"/usr", "/lib", "/lib64", "/nix/store", "/gnu/store", "/etc/ld.so.cache", "/etc/ld.so.preload",
 		"/proc/filesystems", "/sys/devices/system", "/dev/null", "/dev/urandom"}
 	if real, err := filepath.EvalSymlinks(path); err == nil {
 		path = real

@@ -15,6 +15,7 @@ import (
 // What a confined process can do, tried by one whose program is a shell. On a
 // kernel without Landlock, or without root, there is less, and it is said.
 func TestConfinement(t *testing.T) {
+	before := statusOf(t, os.Getpid())["NoNewPrivs"]
 	c, weak := newConfinement(inPath(t, "true"), -1)
 	t.Logf("Landlock %d, a network of its own: %v; weaknesses: %q", c.landlock, c.network, weak)
 	if (c.landlock == 0) != strings.Contains(strings.Join(weak, "; "), "Landlock") {
@@ -86,7 +87,10 @@ sleep 1000
 		}
 	}
 	checkConfined(t, p.pid(), c)
-	// Nothing of this is left on us.
+	// Nothing of this is left on us, least of all on the main thread.
+	if got := statusOf(t, os.Getpid())["NoNewPrivs"]; got != before {
+		t.Errorf("our main thread has NoNewPrivs %s, it was %s", got, before)
+	}
 	if _, err := os.ReadFile(secret); err != nil {
 		t.Error(err)
 	}

@@ -9,6 +9,8 @@ import (
 	"runtime"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // A command says what to start as a guest's process.
@@ -57,7 +59,7 @@ func startProcess(c command) (*process, error) {
 		p.cmd.SysProcAttr.Cloneflags = c.confine.namespaces()
 	}
 	started := make(chan error)
-	go p.run(c, started)
+	inThreadOfItsOwn(func() { p.run(c, started) })
 	if err := <-started; err != nil {
 		return nil, fmt.Errorf("start %s: %w", c.path, err)
 	}
@@ -93,7 +95,6 @@ func (p *process) bound(c command) error {
 // the child ends, and Go ends threads as it likes; and the child has what
 // confines the thread.
 func (p *process) run(c command, started chan<- error) {
-	runtime.LockOSThread() // for ever
 	err := c.confineThread()
 	if err == nil {
 		err = p.cmd.Start()
@@ -104,6 +105,28 @@ func (p *process) run(c command, started chan<- error) {
 	}
 	p.err = p.cmd.Wait()
 	close(p.done)
+}
+
+// inThreadOfItsOwn calls f in a thread that nobody else uses before or after. It is
+// never the main thread, which would not end with f, and which stands for the
+// whole process: who is confined as it is may send it signals.
+func inThreadOfItsOwn(f func()) {
+	go func() {
+		runtime.LockOSThread() // for ever
+		if unix.Gettid() != unix.Getpid() {
+			f()
+			return
+		}
+		// While this goroutine has the main thread, another cannot get it.
+		locked := make(chan struct{})
+		go func() {
+			runtime.LockOSThread()
+			close(locked)
+			f()
+		}()
+		<-locked
+		runtime.UnlockOSThread()
+	}()
 }
 
 func (c *command) confineThread() error {

@@ -231,3 +231,16 @@ func TestConsole(t *testing.T) {
 		t.Errorf("%d bytes, ends in %q", len(c.tail), c.lines(1))
 	}
 }
+
+// Who waits for a process that the kernel does not let go gets an answer.
+func TestProcessThatDoesNotEnd(t *testing.T) {
+	cmd := exec.Command(inPath(t, "sleep"), "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	p := &process{cmd: cmd, done: newDone()} // nobody reaps it
+	if err := p.stopWithin(time.Millisecond); !errors.Is(err, errUndead) {
+		t.Errorf("got %v", err)
+	}
+}
