@@ -70,12 +70,12 @@ type BuildsConfig struct {
 // of the guest.
 type runner interface {
 	Run(ctx context.Context, spec *vm.Spec, log io.Writer, outs vm.Outputs) (*vm.Result, error)
-	// These tell of guests what is known now; Qualify finds it out, which may take
-	// as long as a guest takes to boot.
+	// These tell of guests what is known now; Qualify and, for one system,
+	// Generation find it out, which may take as long as a guest takes to boot.
 	Systems() []vm.System
 	Features() []vm.Feature
-	Generation(system string) string
 	Emulated(system string) bool
+	Generation(ctx context.Context, system string) (string, error)
 	Qualify(ctx context.Context, fresh bool) (vm.Status, error)
 }
 

@@ -242,26 +242,20 @@ func (f *finder) timeout(ctx context.Context) (*storedEnd, error) {
 	return nil, nil
 }
 
-// generation is the sandbox generation that a run for a system would have now.
-// After a start it takes a moment to be known.
+// generation is the sandbox generation that a run for a system would have now;
+// "" if it cannot be told. After a start it takes a moment to be known.
 func (b *Builds) generation(ctx context.Context, system string) (string, error) {
-	if g := b.sandbox(system); g != "" {
-		return g, nil
-	}
-	if _, err := b.cfg.Runner.Qualify(ctx, false); err != nil {
+	g, err := b.cfg.Runner.Generation(ctx, system)
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return "", ctx.Err()
+	case err != nil:
 		// A run would meet the same, and say so.
 		b.cfg.Logger.Warn("sandbox generation is not known; failures are not reused", "err", err)
-	}
-	return b.sandbox(system), ctx.Err()
-}
-
-// sandbox is the sandbox generation as far as it is known now; "" if it is not.
-func (b *Builds) sandbox(system string) string {
-	g := b.cfg.Runner.Generation(system)
-	if g != "" && b.cfg.Generation != 0 {
+	case g != "" && b.cfg.Generation != 0:
 		g += fmt.Sprintf("/operator:%d", b.cfg.Generation)
 	}
-	return g
+	return g, nil
 }
 
 // useStored answers a request with a stored end.

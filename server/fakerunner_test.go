@@ -25,7 +25,7 @@ type fakeRunner struct {
 	mu         sync.Mutex
 	status     vm.Status
 	generation string // default "fake 1"
-	unknown    bool   // what there is, until Qualify
+	unknown    bool   // what there is, until Qualify or Generation
 	nested     bool   // guests can run guests
 	noAArch64  bool   // that system is switched off
 	acts       map[string]func(*fakeRun) error
@@ -66,13 +66,12 @@ func (r *fakeRunner) Features() []vm.Feature {
 // Emulated implements runner.
 func (r *fakeRunner) Emulated(string) bool { return r.status.Accel == "tcg" }
 
-func (r *fakeRunner) Generation(string) string {
+// Generation implements runner.
+func (r *fakeRunner) Generation(context.Context, string) (string, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.unknown {
-		return ""
-	}
-	return cmp.Or(r.generation, "fake 1")
+	r.unknown = false
+	return cmp.Or(r.generation, "fake 1"), nil
 }
 
 func (r *fakeRunner) Qualify(context.Context, bool) (vm.Status, error) {
