@@ -64,7 +64,7 @@ func TestNetworkIsTold(t *testing.T) {
 	})
 	req := fetched(bt, "x")
 	r, sink := bt.build(req)
-	wantStatus(t, r, nixproto.PermanentFailure)
+	wantStatus(t, r, nixproto.TransientFailure)
 	if got := strings.Join(sink.notes, "\n"); !strings.Contains(got, "was not connected to 10.0.0.1:80: it is a private address") || sink.log(req.DrvPath) != "fetching\n" {
 		t.Errorf("notes %q, log %q", sink.notes, sink.log(req.DrvPath))
 	}

@@ -396,6 +396,9 @@ func (b *Builds) failedBuilder(f *flight, a *attempt, err *vm.BuildError, ran ti
 		end.code = nixproto.OutputRejected
 		end.message = printable(err.Message)
 	default:
+		if fixedOutput(j.drv) { // as Nix has it: what it fetches may be there tomorrow
+			end.code = nixproto.TransientFailure
+		}
 		end.message = builderFailed(j.drvPath, err, a.log.tail.Lines())
 	}
 	return end

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -116,8 +117,15 @@ func onHost(to netip.AddrPort) netip.AddrPort {
 	return to
 }
 
-// errPort says that a port is not reached.
-var errPort = errors.New("port is not reached")
+// A portError says that a port is not reached.
+type portError struct {
+	port uint16
+	open []uint16
+}
+
+func (e *portError) Error() string {
+	return fmt.Sprintf("port %d is not one that builds may reach: these are %s", e.port, strings.Trim(fmt.Sprint(e.open), "[]"))
+}
 
 // allowed says why the guest may not connect to an address, or nil.
 func (n *Network) allowed(name string, to netip.AddrPort) error {
@@ -125,7 +133,7 @@ func (n *Network) allowed(name string, to netip.AddrPort) error {
 		return err
 	}
 	if !slices.Contains(n.cfg.Ports, to.Port()) && !n.cfg.Rule.Lists(name, to) {
-		return fmt.Errorf("port %d is not one that builds may reach (%v): %w", to.Port(), n.cfg.Ports, errPort)
+		return &portError{to.Port(), n.cfg.Ports}
 	}
 	return nil
 }
@@ -133,11 +141,12 @@ func (n *Network) allowed(name string, to netip.AddrPort) error {
 // reason says in a few words why something was refused.
 func reason(err error) string {
 	var refused *egress.RefusedError
+	var port *portError
 	switch {
 	case errors.As(err, &refused):
 		return fmt.Sprintf("%s is not reached: it is %s", refused.Addr, refused.Why)
-	case errors.Is(err, errPort):
-		return err.Error()
+	case errors.As(err, &port):
+		return port.Error()
 	}
 	return "it could not be checked"
 }
