@@ -115,7 +115,7 @@ var fakePlays = map[string]func(*fakeGuest){
 	},
 	"boast": func(g *fakeGuest) {
 		g.say(&link.Started{}, &link.Result{Kind: link.OutputRefused, Message: strings.Repeat("m", 900<<10),
-			Usage: link.Usage{CPUUser: -1, PeakMemory: 1 << 62}})
+			Usage: link.Usage{CPUUser: -1, CPUSystem: 1 << 62, PeakMemory: 1 << 62, PeakScratch: 1 << 62}})
 	},
 	"no-nar":   func(g *fakeGuest) { g.say(&link.Started{}); g.succeed(bytes.Repeat([]byte("no NAR"), 1000), 6000) },
 	"hole":     func(g *fakeGuest) { g.say(&link.Started{}); g.connect(g.sink).write(make([]byte, 4096), 1<<30) },
@@ -263,7 +263,7 @@ func TestHostilePlays(t *testing.T) {
 				checkOurFailure(t, err, tt.reason)
 			case !errors.As(err, &failed) || failed.Kind != tt.kind || !strings.Contains(failed.Message, tt.reason) || len(failed.Message) > 20<<10:
 				t.Errorf("got %.300v, want %v with %q", err, tt.kind, tt.reason)
-			case failed.Result.CPUUser < 0 || failed.Result.PeakMemory > 512<<20:
+			case failed.Result.CPUUser < 0 || failed.Result.CPUSystem > 2*time.Minute || failed.Result.PeakMemory > 512<<20 || failed.Result.PeakScratch > 2<<30:
 				t.Errorf("result %+v", failed.Result)
 			}
 			if tt.reason != "" && strings.Contains(strings.Join(outs.ends, " "), "closed") && tt.play != "two" && tt.play != "size" {

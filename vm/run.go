@@ -388,11 +388,12 @@ func (f *following) hear(m link.Message) error {
 }
 
 // account takes over what the guest has counted so far. The guest is not trusted:
-// what it says of processors and memory counts as far as it can be.
+// what it says counts as far as it can be.
 func (b *build) account(u *link.Usage) {
-	b.result.CPUUser, b.result.CPUSystem = max(u.CPUUser, 0), max(u.CPUSystem, 0)
+	most := time.Since(b.result.Booted) * time.Duration(b.spec.Cores)
+	b.result.CPUUser, b.result.CPUSystem = min(max(u.CPUUser, 0), most), min(max(u.CPUSystem, 0), most)
 	b.result.PeakMemory = min(max(u.PeakMemory, b.result.PeakMemory), int64(b.spec.MemoryMiB)<<20)
-	b.result.PeakScratch = max(u.PeakScratch, b.result.PeakScratch)
+	b.result.PeakScratch = min(max(u.PeakScratch, b.result.PeakScratch), int64(max(2*b.disks.scratch, 1024))<<20) // the disk is larger than was asked for
 }
 
 // waitForLog waits until the pump has copied as much as the guest has written.
