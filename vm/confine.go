@@ -48,8 +48,11 @@ func newConfinement(path string, uid int) (c *confinement, weak []string) {
 		c.landlock = 0
 		weak = append(weak, "QEMU can read what every user of this machine can: with Landlock it does not start: "+err.Error())
 	}
-	if !c.network && c.landlock < 4 {
+	switch {
+	case !c.network && c.landlock < 4:
 		weak = append(weak, "QEMU is in the server's network, and only its own rules keep it from that")
+	case !c.network:
+		weak = append(weak, "QEMU is in the server's network: Landlock keeps it from TCP, and nothing from UDP")
 	}
 	return c, weak
 }
