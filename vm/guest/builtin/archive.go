@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"archive/zip"
 	"bufio"
+	"compress/bzip2"
 	"errors"
 	"io"
 	"io/fs"
@@ -68,12 +69,16 @@ func extractTar(x *extractor, r *bufio.Reader) error {
 	}
 }
 
+// Kinds of members that GNU tar alone makes: the label of a volume, and a
+// directory whose contents are a list of what was in it.
+const typeVolume, typeDumpDir = 'V', 'D'
+
 // extractMember extracts one member of a tar archive.
 func extractMember(x *extractor, h *tar.Header, contents io.Reader) error {
 	switch h.Typeflag {
-	case tar.TypeXGlobalHeader:
+	case tar.TypeXGlobalHeader, typeVolume:
 		return nil
-	case tar.TypeDir:
+	case tar.TypeDir, typeDumpDir:
 		return x.directory(h.Name)
 	case tar.TypeSymlink:
 		return x.symlink(h.Name, h.Linkname)
@@ -87,6 +92,9 @@ func extractMember(x *extractor, h *tar.Header, contents io.Reader) error {
 	return x.file(h.Name, h.Mode&0o100 != 0, contents)
 }
 
+// zipBzip2 is a method of compression in zip archives (APPNOTE.TXT 4.4.5).
+const zipBzip2 = 12
+
 // extractZip extracts a zip archive, which is not compressed as a whole.
 func extractZip(x *extractor, f *os.File) error {
 	info, err := f.Stat()
@@ -97,6 +105,7 @@ func extractZip(x *extractor, f *os.File) error {
 	if err != nil && !errors.Is(err, zip.ErrInsecurePath) {
 		return errorf("failed to open archive: %s", err)
 	}
+	z.RegisterDecompressor(zipBzip2, func(r io.Reader) io.ReadCloser { return io.NopCloser(bzip2.NewReader(r)) })
 	for _, m := range z.File {
 		if err := extractZipped(x, m); err != nil {
 			return extractError(err)

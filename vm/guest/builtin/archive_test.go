@@ -5,7 +5,9 @@ import (
 	"archive/zip"
 	"bytes"
 	"encoding/base64"
+	"errors"
 	"fmt"
+	"hash/crc32"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -180,6 +182,7 @@ func TestUnpackTar(t *testing.T) {
 		{"long names", []member{{"d/" + long + "/" + long, file, "1", 0}, {"d/l", sym, long, 0}},
 			[]string{"chan/", "chan/" + long + "/", "chan/" + long + "/" + long + " 1", "chan/l -> " + long}, ""},
 		{"a comment", []member{{"pax_global_header", tar.TypeXGlobalHeader, "0123456789abcdef", 0}, {"d/x", file, "1", 0}}, []string{"chan/", "chan/x 1"}, ""},
+		{"label", []member{{"volume", 'V', "", 0}, {"d", 'D', "", 0}, {"d/x", file, "1", 0}}, []string{"chan/", "chan/x 1"}, ""},
 		{"hard link", []member{{"d/f", file, "x", 0}, {"d/h", hard, "d/f", 0}}, []string{"chan/", "chan/f x", "chan/h x"}, ""},
 		{"hard link to a symlink", []member{{"d/l", sym, "/etc/passwd", 0}, {"d/h", hard, "d/l", 0}},
 			[]string{"chan/", "chan/h -> /etc/passwd", "chan/l -> /etc/passwd"}, ""},
@@ -285,6 +288,7 @@ func TestUnpackBytes(t *testing.T) {
 		{"zeros", make([]byte, 10240), "channel tarball '</src>' is empty"},
 		{"truncated gzip", gzipped[:30], "failed to open archive: <truncated gzip input>"},
 		{"truncated tar", whole[:3000], "failed to extract archive (<Truncated tar archive detected while reading data>)"},
+		{"zstd behind a frame to be skipped", append([]byte("\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"), packed(func(b *bytes.Buffer) closer { return must(zstd.NewWriter(b)) }, whole)...), ""},
 		{"lz4", []byte("\x04\x22\x4d\x18 and so on"), "failed to open archive: <lz4 decompression failed: this compression is not known to this server>"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -341,12 +345,28 @@ func TestUnpackZip(t *testing.T) {
 		}
 		return b.Bytes()
 	}
+	var bzipped bytes.Buffer
+	w := zip.NewWriter(&bzipped)
+	text := strings.Repeat("x", 1000)
+	packed, err := base64.StdEncoding.DecodeString("QlpoOTFBWSZTWZzEhycAAAGAgYBAAIAACCAAIKptQZi6g8XckU4UJCcxIcnA")
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := w.CreateRaw(&zip.FileHeader{Name: "d/x", Method: zipBzip2, CRC32: crc32.ChecksumIEEE([]byte(text)),
+		UncompressedSize64: 1000, CompressedSize64: uint64(len(packed))})
+	if err == nil {
+		_, err = raw.Write(packed)
+	}
+	if err = errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
 	for _, tt := range []struct {
 		name string
 		data []byte
 		want []string
 		err  string
 	}{
+		{"bzip2", bzipped.Bytes(), []string{"chan/", "chan/x " + text}, ""},
 		{"zip", zipOf(member{"d/", dir, "", 0}, member{"d/x", file, "x", 0o755}, member{"d/y", file, "yyy", 0o644}, member{"d/l", sym, "x", 0}),
 			[]string{"chan/", "chan/l -> x", "chan/x* x", "chan/y yyy"}, ""},
 		{"no modes", zipOf(member{"d/x", file, "1", 0}), []string{"chan/", "chan/x 1"}, ""},

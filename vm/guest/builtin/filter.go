@@ -32,7 +32,7 @@ var filters = []filter{
 	{"gzip", begins("\x1f\x8b\x08"), func(r io.Reader) (io.Reader, error) { return gzip.NewReader(r) }},
 	{"bzip2", begins("BZh"), func(r io.Reader) (io.Reader, error) { return bzip2.NewReader(r), nil }},
 	{"xz", begins("\xfd7zXZ\x00"), func(r io.Reader) (io.Reader, error) { return xz.NewReader(r) }},
-	{"zstd", begins("\x28\xb5\x2f\xfd"), func(r io.Reader) (io.Reader, error) {
+	{"zstd", isZstd, func(r io.Reader) (io.Reader, error) {
 		return zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
 	}},
 	{"lzma", isLZMA, func(r io.Reader) (io.Reader, error) { return lzma.NewReader(r) }},
@@ -44,6 +44,11 @@ var filters = []filter{
 
 func begins(magic string) func([]byte) bool {
 	return func(head []byte) bool { return bytes.HasPrefix(head, []byte(magic)) }
+}
+
+// isZstd reports whether head begins a frame of zstd, or one to be skipped.
+func isZstd(head []byte) bool {
+	return begins("\x28\xb5\x2f\xfd")(head) || len(head) > 4 && head[0]&0xf0 == 0x50 && begins("\x2a\x4d\x18")(head[1:])
 }
 
 // isLZMA reports whether head is the header of an .lzma file as they are made:
