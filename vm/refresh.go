@@ -48,17 +48,23 @@ func (b *base) current() *base {
 }
 
 // refresh returns the platform to use, p or, if it is made of what was replaced,
-// a new one. b.finding is held.
+// a new one: unless that cannot be used. b.finding is held.
 func (r *Runner) refresh(ctx context.Context, b *base, p *platform) (*platform, error) {
 	if p.of.stamp(&r.cfg) == p.of.stamped {
 		return p, nil
 	}
 	fresh, err := r.find(ctx, b, false)
 	if err == nil && p.canNest() {
-		err = r.tryNested(ctx, fresh)
+		if err = r.tryNested(ctx, fresh); err != nil {
+			b.old = append(b.old, fresh)
+		}
+	}
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
 	}
 	if err != nil {
-		return nil, err
+		r.cfg.Logger.Warn("guests are made of what was there before", "arch", b.arch.name, "err", err)
+		return p, nil
 	}
 	r.cfg.Logger.Info("guests are made of new parts from now on", "kernel", fresh.kernel.Name, "qemu", fresh.qemu.Version)
 	b.old = append(b.old, p)

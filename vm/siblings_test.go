@@ -101,7 +101,7 @@ func checkTime(t *testing.T, text string, res *Result) {
 }
 
 // starts is how often TestStarts starts a guest.
-var starts = flag.Int("starts", 10, "how often guests are started in a row")
+var starts = flag.Int("starts", 50, "how often guests are started in a row")
 
 // Guests start again and again without a failure.
 func TestStarts(t *testing.T) {

@@ -27,20 +27,19 @@ func (r *Runner) startGuest(ctx context.Context, p *platform, m machine, disks g
 		defer booted()
 		return r.cold(ctx, p, m, disks, gets)
 	}
-	from := r.templateMaker(p, m)
-	l, booted, err := r.templates.take(ctx, p, m, from)
-	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
-	}
+	l, booted, err := r.templates.take(ctx, p, m, r.templateMaker(p, m))
 	if l != nil {
 		g, err := r.cloneOf(ctx, l, disks, gets)
-		if err == nil || ctx.Err() != nil {
+		var bad *templateError
+		if !errors.As(err, &bad) || ctx.Err() != nil {
 			return g, err
 		}
 		r.dropTemplate(l, err, spec)
 		if booted, err = r.templates.boot(ctx); err != nil {
 			return nil, err
 		}
+	} else if booted == nil {
+		return nil, err
 	} else if err != nil {
 		r.cfg.Logger.Warn("no guest template, booting from cold", "build", spec.BuildID, "err", err)
 	}
@@ -65,10 +64,11 @@ func (r *Runner) cloneOf(ctx context.Context, l *loan, disks guestDisks, gets sh
 // dropTemplate forgets a template, of which no guest could be made.
 func (r *Runner) dropTemplate(l *loan, why error, spec *Spec) {
 	s := l.slot
-	if err := r.saved.remove(s.id); err != nil {
-		r.cfg.Logger.Error("guest template", "err", err)
+	if r.templates.drop(l, why, r.templateMaker(s.p, s.machine)) {
+		if err := r.saved.remove(s.id); err != nil {
+			r.cfg.Logger.Error("guest template", "err", err)
+		}
 	}
-	r.templates.drop(l, why, r.templateMaker(s.p, s.machine))
 	r.cfg.Logger.Warn("guest template dropped, booting from cold", "build", spec.BuildID, "err", why)
 }
 

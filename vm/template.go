@@ -166,7 +166,8 @@ func wholeMachine(m machine) share {
 	return share{cpus: m.vcpus, limitMiB: m.memoryMiB + overheadMiB}
 }
 
-// clone starts a guest from a template and wakes it.
+// clone starts a guest from a template and wakes it. What the template may be to
+// blame for is a *templateError.
 func (r *Runner) clone(ctx context.Context, p *platform, m machine, t *template, disks guestDisks, gets share) (*guestVM, error) {
 	ram, err := memfd("nbd-guest", int64(m.memoryMiB)<<20)
 	if err != nil {
@@ -189,14 +190,22 @@ func (r *Runner) clone(ctx context.Context, p *platform, m machine, t *template,
 	if err != nil {
 		return nil, err
 	}
-	if err := g.restore(ctx, state); err != nil {
-		return nil, errors.Join(err, g.close())
+	err = g.restore(ctx, state)
+	if err == nil {
+		err = g.wake(ctx, gets.cpus)
 	}
-	if err := g.wake(ctx, gets.cpus); err != nil {
-		return nil, errors.Join(err, g.close())
+	if err != nil {
+		return nil, &templateError{errors.Join(err, g.close())}
 	}
 	return g, nil
 }
+
+// A templateError says that a guest could not be restored or did not wake, which
+// may be its template's fault.
+type templateError struct{ err error }
+
+func (e *templateError) Error() string { return e.err.Error() }
+func (e *templateError) Unwrap() error { return e.err }
 
 // cold boots a guest and wakes it.
 func (r *Runner) cold(ctx context.Context, p *platform, m machine, disks guestDisks, gets share) (*guestVM, error) {

@@ -258,6 +258,7 @@ func (t *templates) drop(l *loan, why error, from templateMaker) bool {
 		s.err, s.at = why, time.Now()
 		return true
 	}
+	from.load = func(string) *template { return nil } // the one on the disk is the same
 	t.startLocked(&templateSlot{id: s.id, machine: s.machine, p: s.p, remade: true}, from)
 	return true
 }
