@@ -3,6 +3,7 @@
 #
 # Everything that is fetched and is not a package goes under $work.
 work=${NBD_WORK:-${TMPDIR:-/tmp}/nbd-demo}
+apt_arch=
 mkdir -p "$work"
 root=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -30,9 +31,10 @@ install() {
 }
 
 # private_apt ARGS...: apt-get with a list of its own that has the sources too,
-# so that nothing depends on how this machine's apt is set up but its mirror.
+# so that nothing depends on how this machine's apt is set up but its mirror. With
+# $apt_arch set it is for machines of that architecture.
 private_apt() {
-  apt=$work/apt
+  apt=$work/apt${apt_arch:+-$apt_arch}
   if ! [ -e "$apt/ready" ]; then
     suite=$(. /etc/os-release && echo "${VERSION_CODENAME:-sid}")
     mirror=$( { awk '/^URIs:/ {print $2}' /etc/apt/sources.list.d/*.sources
@@ -51,7 +53,8 @@ private_apt() {
 }
 apt_get() {
   apt-get -qq -o Dir::Etc="$apt/etc" -o Dir::State="$apt" -o Dir::State::status="$apt/status" \
-    -o Dir::Cache="$apt/cache" -o APT::Sandbox::User=root "$@"
+    -o Dir::Cache="$apt/cache" -o APT::Sandbox::User=root \
+    ${apt_arch:+-o APT::Architecture=$apt_arch -o APT::Architectures=$apt_arch} "$@"
 }
 
 # fetch_debs DIR PACKAGE...: downloads the packages that are not in DIR yet.
@@ -69,14 +72,24 @@ fetch_source() {
   ls "$1/$2_"*.orig.tar.* >/dev/null 2>&1 || (cd "$1" && private_apt source --download-only --tar-only "$2") || die "source $2 could not be fetched"
 }
 
-# fetch_kernel DIR: the package with the kernel for guests, which need not be
-# the host's; prints its file. Only the files are used, nothing is installed.
+# fetch_kernel DIR [ARCH]: the package with the kernel for guests, which need not
+# be the host's; prints its file. Only the files are used, nothing is installed.
 fetch_kernel() {
   if ! ls "$1"/linux-image-[0-9]*.deb >/dev/null 2>&1; then
-    fetch_debs "$1" linux-image-cloud-amd64 >&2
-    fetch_debs "$1" "$(dpkg-deb -f "$1"/linux-image-cloud-amd64_*.deb Depends | grep -o 'linux-image-[0-9][^ ,]*' | head -n 1)" >&2
+    fetch_debs "$1" "linux-image-cloud-${2:-amd64}" >&2
+    fetch_debs "$1" "$(dpkg-deb -f "$1"/linux-image-cloud-*.deb Depends | grep -o 'linux-image-[0-9][^ ,]*' | head -n 1)" >&2
   fi
   ls "$1"/linux-image-[0-9]*.deb
+}
+
+# fetch_aarch64 DIR: the packages with a kernel and a busybox for guests of that
+# architecture; prints DIR, which `nbd kernel import` takes.
+fetch_aarch64() {
+  apt_arch=arm64
+  fetch_kernel "$1" arm64 >&2
+  fetch_debs "$1" busybox-static >&2
+  apt_arch=
+  echo "$1"
 }
 
 # use_go: puts a Go that can build nbd on the PATH. Debian's older ones fetch
@@ -104,6 +117,7 @@ use_go() {
 
 build_nbd() {
   use_go
+  "$root/contrib/agents"
   (cd "$root" && CGO_ENABLED=0 go build -trimpath -o "$root/nbd" .)
 }
 
