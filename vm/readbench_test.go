@@ -155,8 +155,8 @@ func virtioFS(b *testing.B, c *readClosure) *transport {
 	socket := filepath.Join(b.TempDir(), "virtiofs")
 	var command []string
 	for _, own := range [][]string{
-		{"/usr/libexec/virtiofsd", "--socket-path=" + socket, "--shared-dir=" + c.dir, "--cache=always"},
-		{"/usr/lib/qemu/virtiofsd", "--socket-path=" + socket, "-o", "source=" + c.dir, "-o", "cache=always"},
+		{"/usr/libexec/virtiofsd", "--socket-path=" + socket, "--shared-dir=" + c.dir, "--cache=always", "--rlimit-nofile=200000"},
+		{"/usr/lib/qemu/virtiofsd", "--socket-path=" + socket, "-o", "source=" + c.dir, "-o", "cache=always", "--rlimit-nofile=200000"},
 	} {
 		if _, err := os.Stat(own[0]); err == nil && command == nil {
 			command = own
