@@ -112,3 +112,38 @@ func FuzzSpecial(f *testing.F) {
 		}
 	})
 }
+
+// Without a port an address may be reached if there is one on which it is; an
+// address that is not may not, whatever its name.
+func TestCheckHost(t *testing.T) {
+	r, err := ParseRule([]string{"10.1.0.0/16", "192.168.8.8:443", "cache.lan", "other.lan:8080"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.own = nobody
+	for _, s := range [][2]string{{"x", "8.8.8.8"}, {"x", "10.1.2.3"}, {"", "::ffff:192.168.8.8"}, {"Cache.lan.", "127.0.0.1"}, {"other.lan", "127.0.0.1"}} {
+		if err := r.CheckHost(s[0], netip.MustParseAddr(s[1])); err != nil {
+			t.Errorf("%s: %v", s, err)
+		}
+	}
+	for _, s := range [][2]string{{"x", "10.2.2.3"}, {"", "127.0.0.1"}, {"lan", "127.0.0.1"}, {"x.cache.lan", "127.0.0.1"}, {"", "192.168.8.9"}} {
+		if r.CheckHost(s[0], netip.MustParseAddr(s[1])) == nil {
+			t.Errorf("%s is allowed", s)
+		}
+	}
+}
+
+// Rules that allow the same list have one id.
+func TestRuleID(t *testing.T) {
+	ids := map[string]bool{}
+	for _, list := range [][]string{nil, {"a.lan", "10.0.0.1"}, {"10.0.0.1", "a.lan", "a.lan"}, {"10.0.0.1"}} {
+		r, err := ParseRule(list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids[r.ID()] = true
+	}
+	if len(ids) != 3 || !ids[(Rule{}).ID()] {
+		t.Errorf("ids %v", ids)
+	}
+}

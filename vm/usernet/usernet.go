@@ -79,7 +79,7 @@ const MTU = 16 << 10
 const (
 	maxConnections = 128
 	maxDialing     = 64        // of them in their handshake
-	bufferSize     = 256 << 10 // of one connection and direction, in bytes
+	bufferSize     = 128 << 10 // of one connection and direction, in bytes
 	maxQueued      = 128       // packets that wait for the guest
 	dialsASecond   = 100
 	dialBurst      = 256
