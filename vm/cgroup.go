@@ -157,6 +157,13 @@ func (c *cgroups1) create(name string, memoryMiB int) (cgroup, error) {
 	if !slices.ContainsFunc(g.Subsystems(), func(s cgroup1.Subsystem) bool { return s.Name() == cgroup1.Memory }) {
 		return nil, errors.Join(errors.New("create cgroup: no memory controller"), g.Delete())
 	}
+	dir, err := c.dir()
+	if err == nil {
+		err = neverSwap(filepath.Join(dir, name, "memory.memsw.limit_in_bytes"), limit)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("create cgroup: %w", err), g.Delete())
+	}
 	return &group1{g}, nil
 }
 
@@ -264,6 +271,9 @@ func (c *cgroups2) create(name string, memoryMiB int) (cgroup, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create cgroup: %w", err)
 	}
+	if err := neverSwap(filepath.Join(c.mount, c.parent, name, "memory.swap.max"), 0); err != nil {
+		return nil, errors.Join(fmt.Errorf("create cgroup: %w", err), m.Delete())
+	}
 	return &group2{m}, nil
 }
 
@@ -302,6 +312,20 @@ func (g *group2) destroy() error { return destroyGroup(g.m.Delete, g.m.Kill) }
 func (g *group2) outOfMemory() bool {
 	s, err := g.m.StatFiltered(cgroup2.StatMemoryEvents)
 	return err == nil && s.MemoryEvents != nil && s.MemoryEvents.OomKill > 0
+}
+
+// neverSwap writes a limit that keeps the memory of a group from being swapped: a
+// machine that is busy with that is of use to nobody. Kernels that do not count
+// swap have no such file.
+func neverSwap(file string, limit int64) error {
+	f, err := os.OpenFile(file, os.O_WRONLY, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	_, err = fmt.Fprint(f, limit)
+	return errors.Join(err, f.Close())
 }
 
 // destroyGroup removes a group, killing what is in it. A killed process stays

@@ -32,6 +32,16 @@ func TestCgroup(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		dir, err := f.dir()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for file, want := range map[string]string{"memory.memsw.limit_in_bytes": "33554432\n", "memory.swap.max": "0\n"} {
+			got, err := os.ReadFile(filepath.Join(dir, cgroupName(os.Getpid(), 1<<40), file))
+			if err == nil && string(got) != want {
+				t.Errorf("%s is %q", file, got)
+			}
+		}
 		var c console
 		p, err := startProcess(command{path: inPath(t, "sh"), args: []string{"-c", "sleep 0.2; x=$(head -c 200000000 /dev/zero | tr '\\0' x); echo survived"}, uid: -1, group: g, output: &c})
 		if err != nil {
