@@ -317,7 +317,7 @@ func kernelCommand() *cobra.Command {
 				fmt.Fprintln(cmd.OutOrStdout(), "imported", got)
 				return nil
 			}},
-		&cobra.Command{Use: "list", Args: admincli.ExactArgs(), Short: "List kernels that guests could run, the one to be used first",
+		&cobra.Command{Use: "list", Args: admincli.ExactArgs(), Short: "List kernels that guests could run, of each architecture the one to be used first",
 			RunE: func(cmd *cobra.Command, _ []string) error {
 				list, err := vm.Kernels(cfg.Text("state"))
 				if err != nil {

@@ -204,3 +204,15 @@ func TestArches(t *testing.T) {
 		t.Error("an architecture for nothing")
 	}
 }
+
+func TestParseCPUName(t *testing.T) {
+	for text, want := range map[string]string{
+		"processor\t: 0\nmodel\t\t: 1\nmodel name\t: AMD EPYC\nstepping\t: 1\n":                                   "AMD EPYC",
+		"processor\t: 0\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\n\n": "0x41 0xd0c 0x3",
+		"": "",
+	} {
+		if got := parseCPUName(text); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}

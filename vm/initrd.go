@@ -172,7 +172,11 @@ func makeBootFiles(dir string, k Kernel, init, shell string) (_ *bootFiles, err 
 			return err
 		}
 		defer f.Close()
-		_, err = io.Copy(w, f)
+		image, err := plainImage(f)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(w, image)
 		return err
 	})
 	if err != nil {
@@ -221,7 +225,13 @@ func namelessFile(dir string, fill func(io.Writer) error) (_ *os.File, sum strin
 	if err := f.Chmod(0o444); err != nil {
 		return nil, "", err
 	}
-	return f, sumHex(h), nil
+	// All guests get this file: none shall be able to write to it, not even one
+	// that has taken over its QEMU.
+	readable, err := reopen(f)
+	if err != nil {
+		return nil, "", err
+	}
+	return readable, sumHex(h), f.Close()
 }
 
 func sumHex(h hash.Hash) string { return hex.EncodeToString(h.Sum(nil)) }

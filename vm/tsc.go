@@ -87,13 +87,24 @@ func hasFlag(cpuinfo, flag string) bool {
 	return false
 }
 
-// cpuName returns the host's processor model as /proc/cpuinfo tells it.
+// cpuName returns the host's processor model as /proc/cpuinfo tells it: by name,
+// or on Arm by numbers.
 func cpuName() string {
 	cpuinfo, err := os.ReadFile("/proc/cpuinfo")
 	if err != nil {
 		return "unknown"
 	}
-	_, rest, _ := strings.Cut(string(cpuinfo), "model name")
-	line, _, _ := strings.Cut(rest, "\n")
-	return strings.TrimSpace(strings.TrimLeft(line, "\t :"))
+	return parseCPUName(string(cpuinfo))
+}
+
+func parseCPUName(cpuinfo string) string {
+	var words []string
+	for _, field := range []string{"model name", "CPU implementer", "CPU part", "CPU variant"} {
+		_, rest, _ := strings.Cut(cpuinfo, field)
+		line, _, _ := strings.Cut(rest, "\n")
+		if value := strings.TrimSpace(strings.TrimLeft(line, "\t :")); value != "" {
+			words = append(words, value)
+		}
+	}
+	return strings.Join(words, " ")
 }

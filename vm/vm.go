@@ -85,12 +85,10 @@ type Config struct {
 	// Busybox is the static shell that a build sees as /bin/sh; default:
 	// searched where distributions keep it.
 	Busybox string
-	// Binary is the program that becomes the guest's /init; default: the
-	// running program.
-	Binary string
-	// AgentBinary is the same for guests of another architecture than the host's;
-	// default: what this program was built with.
-	AgentBinary string
+	// Binary is the program that becomes the guest's /init, where that is of the
+	// host's architecture; default: the running program. AgentBinary is that for
+	// guests of another one; default: what the running program was built with.
+	Binary, AgentBinary string
 	// Certificates is a PEM file with the authorities that builds with a network
 	// may trust; default: searched where distributions keep it.
 	Certificates string
