@@ -15,7 +15,8 @@
 // stands for.
 //
 // What it cannot know is a NAT64 prefix that a network chose for itself out of
-// its public addresses.
+// its public addresses, and a public address that a router before this machine
+// translates to one of its own.
 package egress
 
 import (

@@ -24,8 +24,8 @@ import (
 // the names and addresses are others, and what is reached is decided outside.
 
 // deviceDeadline is how long the network device may take to appear after it was
-// plugged in.
-const deviceDeadline = 60 * time.Second
+// plugged in. The host gives up a guest with hardware before.
+const deviceDeadline = 5 * time.Minute
 
 // Files of the /etc of builds with a network. Nix writes the first, and takes
 // the others from its host.
