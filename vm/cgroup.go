@@ -32,9 +32,11 @@ const (
 	// some dozens for its disks.
 	maxTasks = 512
 	// guestWeight is the part of the processors that a guest gets when many want
-	// them, where others, such as the server, have 100 (1,024 in v1).
+	// them, in v2. The server, whose cgroup is beside those of its guests, has 100.
 	guestWeight = 20
-	guestShares = 1024 * guestWeight / 100
+	// guestShares is the same in v1, where a guest is beside all threads of the
+	// server, and perhaps of others, which have as much each.
+	guestShares = 1024
 )
 
 // A cgroupFactory makes the cgroups of guests.

@@ -156,7 +156,11 @@ func (c *confinement) restrictThread(program string, files []*os.File, devices [
 		}
 	}
 	for _, f := range files {
-		if err := rules.allow(int(f.Fd()), landlockWrite); err != nil && !errors.Is(err, unix.EBADFD) {
+		rights, err := rightsOf(f)
+		if err != nil {
+			return err
+		}
+		if err := rules.allow(int(f.Fd()), rights); err != nil && !errors.Is(err, unix.EBADFD) {
 			return fmt.Errorf("allow an inherited file: %w", err)
 		}
 	}
@@ -164,6 +168,19 @@ func (c *confinement) restrictThread(program string, files []*os.File, devices [
 		return fmt.Errorf("restrict with Landlock: %w", errno)
 	}
 	return nil
+}
+
+// rightsOf returns the rights with which an inherited file can be opened again:
+// those with which it is open.
+func rightsOf(f *os.File) (uint64, error) {
+	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
+	if err != nil {
+		return 0, fmt.Errorf("allow an inherited file: %w", err)
+	}
+	if flags&unix.O_ACCMODE == unix.O_RDONLY {
+		return unix.LANDLOCK_ACCESS_FS_READ_FILE, nil
+	}
+	return landlockWrite, nil
 }
 
 // A landlock is a set of rules that is being made.

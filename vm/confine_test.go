@@ -46,10 +46,19 @@ func TestConfinement(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ram.Close()
+	// As kernels are: shared with others.
+	shared, _, err := namelessFile(dir, func(w io.Writer) error { _, err := io.WriteString(w, "kernel"); return err })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer shared.Close()
 	script := `
 try() { if (eval "$2") >/dev/null 2>&1; then echo "$1"; else echo "no $1"; fi; }
 try scratch 'cat /proc/self/fd/3 && echo more >> /proc/self/fd/3'
 try ram 'echo more > /proc/self/fd/4'
+try kernel 'cat /proc/self/fd/5'
+try rewrite 'echo > /proc/self/fd/5'
+try overwrite 'echo >&5'
 try library 'cat /usr/bin/cat'
 try read 'cat ` + secret + `'
 try write 'echo > ` + secret + `'
@@ -65,7 +74,7 @@ sleep 1000
 	out, in := io.Pipe()
 	defer out.Close()
 	p, err := startProcess(command{path: inPath(t, "bash"), args: []string{"-c", script}, uid: -1,
-		files: []*os.File{f, ram}, confine: c, output: in})
+		files: []*os.File{f, ram, shared}, confine: c, output: in})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,9 +83,9 @@ sleep 1000
 	for lines := bufio.NewScanner(out); lines.Scan() && lines.Text() != "ready"; {
 		said = append(said, lines.Text())
 	}
-	want := []string{"scratch", "ram", "library", "0", "4096"}
+	want := []string{"scratch", "ram", "library", "kernel", "no overwrite", "0", "4096"}
 	if c.landlock > 0 {
-		want = append(want, "no read", "no write", "no create", "no list", "no environment")
+		want = append(want, "no read", "no write", "no create", "no list", "no environment", "no rewrite")
 	}
 	if c.landlock >= 6 {
 		want = append(want, "no kill")

@@ -143,6 +143,12 @@ func checkQEMU(t *testing.T, r *Runner, pid int) {
 		if !known.MatchString(to) {
 			t.Errorf("QEMU has %s open", to)
 		}
+		if strings.Contains(to, "/"+bootPrefix) { // shared by all guests
+			info, err := os.ReadFile(strings.Replace(l, "/fd/", "/fdinfo/", 1))
+			if err != nil || !regexp.MustCompile(`flags:\s+0?[0-7]*0\n`).Match(info) {
+				t.Errorf("QEMU can write to %s: %s, %v", to, info, err)
+			}
+		}
 		if !slices.Contains(open, to) {
 			open = append(open, to)
 		}
