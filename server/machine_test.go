@@ -212,9 +212,10 @@ func TestQueueLooksAtDisk(t *testing.T) {
 		if p := <-places; p.lacks != "disk of the machine" {
 			t.Errorf("it waits for %q", p.lacks)
 		}
-		releases[0]()
+		first, second := releases[0], releases[1]
+		first()
 		m.load.DiskMiB = 0
-		releases[1]()
+		second()
 		<-done
 		if diff := cmp.Diff([]int{1, 2, 3}, got); diff != "" {
 			t.Error(diff)
