@@ -39,8 +39,8 @@ func testRunnerOf(cfg Config, found *platform) *Runner {
 	if found != nil {
 		b.found.Store(found)
 	}
-	return &Runner{cfg: cfg, native: b, bases: []*base{b}, lacking: map[*arch][]*MissingError{
-		archAArch64: {{"no kernel", "import one"}, {"no shell", "import that"}},
+	return &Runner{cfg: cfg, native: b, bases: []*base{b}, lacking: map[*arch]error{
+		archAArch64: errors.Join(&MissingError{"no kernel", "import one"}, &MissingError{"no shell", "import that"}),
 	}}
 }
 

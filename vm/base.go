@@ -30,8 +30,8 @@ type base struct {
 	broken atomic.Pointer[error]
 }
 
-// findBase finds the parts. All that are missing are in its error, each a
-// *MissingError.
+// findBase finds the parts. All that are missing are joined in its error, each a
+// *MissingError, with what else is wrong with them.
 func findBase(ctx context.Context, cfg *Config, a *arch) (*base, error) {
 	b := &base{arch: a, native: a.name == hostArchName(), qualifying: newLock(), finding: newLock()}
 	var errs [4]error
@@ -45,23 +45,6 @@ func findBase(ctx context.Context, cfg *Config, a *arch) (*base, error) {
 	return b, errors.Join(errs[:]...)
 }
 
-// missingOf returns the *MissingErrors that findBase joined, or nil if there is
-// another error among them.
-func missingOf(err error) (all []*MissingError) {
-	joined, ok := err.(interface{ Unwrap() []error })
-	if !ok {
-		return nil
-	}
-	for _, e := range joined.Unwrap() {
-		var m *MissingError
-		if !errors.As(e, &m) {
-			return nil
-		}
-		all = append(all, m)
-	}
-	return all
-}
-
 // findBases finds what the Runner's guests are made of: the host's own
 // architecture, without which there is no Runner, and those others that are set
 // up, or that cfg.Systems wants.
@@ -71,7 +54,7 @@ func (r *Runner) findBases() error {
 		return err
 	}
 	if r.native, err = findBase(r.life, &r.cfg, host); err != nil {
-		return firstMissing(err)
+		return firstOf(err)
 	}
 	r.bases = []*base{r.native}
 	for _, a := range arches {
@@ -79,14 +62,13 @@ func (r *Runner) findBases() error {
 			continue
 		}
 		b, err := findBase(r.life, &r.cfg, a)
-		missing := missingOf(err)
 		switch {
 		case err == nil:
 			r.bases = append(r.bases, b)
-		case missing == nil || len(r.cfg.Systems) > 0:
-			return fmt.Errorf("set up %s: %w", a.systems[0], firstMissing(err))
+		case len(r.cfg.Systems) > 0: // it was asked for
+			return fmt.Errorf("set up %s: %w", a.systems[0], firstOf(err))
 		default:
-			r.lacking[a] = missing
+			r.lacking[a] = err
 		}
 	}
 	return nil
@@ -97,10 +79,10 @@ func (c *Config) wants(a *arch) bool {
 	return len(c.Systems) == 0 || slices.ContainsFunc(a.systems, func(s string) bool { return slices.Contains(c.Systems, s) })
 }
 
-// firstMissing returns an error that is first told of, whose hint is one.
-func firstMissing(err error) error {
-	if all := missingOf(err); all != nil {
-		return all[0]
+// firstOf returns the first of joined errors, whose hint is one.
+func firstOf(err error) error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		return joined.Unwrap()[0]
 	}
 	return err
 }
@@ -171,11 +153,11 @@ func (r *Runner) Systems() []System {
 			continue
 		}
 		off := System{WhyNot: "guests are not to be emulated (--accel kvm)"}
-		switch missing := r.lacking[a]; {
+		switch why := r.lacking[a]; {
 		case !r.cfg.wants(a):
 			off.SwitchedOff, off.WhyNot = true, whyOff
-		case missing != nil:
-			off.WhyNot = missingText(missing)
+		case why != nil:
+			off.WhyNot = "it is not set up: " + strings.ReplaceAll(why.Error(), "\n", "; ")
 		}
 		for _, name := range a.systems {
 			off.Name = name
@@ -183,15 +165,6 @@ func (r *Runner) Systems() []System {
 		}
 	}
 	return list
-}
-
-// missingText tells what is missing and how to get it.
-func missingText(all []*MissingError) string {
-	texts := make([]string, len(all))
-	for i, m := range all {
-		texts[i] = m.Error()
-	}
-	return "it is not set up: " + strings.Join(texts, "; ")
 }
 
 // notNative says why guests are emulated although there may be KVM.

@@ -154,7 +154,7 @@ type Runner struct {
 	cfg     Config
 	native  *base   // for the host's own architecture
 	bases   []*base // native and others that are set up
-	lacking map[*arch][]*MissingError
+	lacking map[*arch]error
 	cgroups cgroupFactory // nil if there are none
 	ids     *ids
 	// confined is what keeps QEMU from this machine beside its user id.
@@ -188,7 +188,7 @@ func New(cfg Config) (*Runner, error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
-	r := &Runner{cfg: cfg, lacking: map[*arch][]*MissingError{},
+	r := &Runner{cfg: cfg, lacking: map[*arch]error{},
 		answers: &answers{path: filepath.Join(cfg.StateDir, qualifiedFile)}}
 	r.life, r.end = context.WithCancelCause(context.Background())
 	budget := templateBudget(machineBytes())
