@@ -36,7 +36,7 @@ func BenchmarkRead(b *testing.B) {
 	}
 }
 
-var benchFiles = flag.Int("readfiles", 30_000, "how many files BenchmarkRead reads")
+var benchFiles = flag.Int("benchfiles", 30_000, "how many files BenchmarkRead reads")
 
 // A readClosure is a closure as NARs in files, as the store keeps them, and
 // unpacked.
@@ -165,6 +165,14 @@ func virtioFS(b *testing.B, c *readClosure) *transport {
 	if command == nil {
 		t.lacks = "virtiofsd (Debian: virtiofsd, or qemu-system-common in Debian 12)"
 		return t
+	}
+	// It keeps each file open that the guest has seen.
+	var open unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &open); err != nil {
+		b.Fatal(err)
+	}
+	if open.Max < uint64(2*c.files) {
+		t.lacks = fmt.Sprintf("limit of open files (ulimit -Hn) of twice as many as there are files, but one of %d: try fewer, -benchfiles", open.Max)
 	}
 	t.start = func(b *testing.B) ([]string, []*os.File, int, func()) {
 		os.Remove(socket) // of the one before, if there was one
