@@ -548,9 +548,9 @@ func (s *script) awaitClient(_ *testscript.TestScript, args []string) error {
 
 // nothingLeft looks for what a build could leave: its guest's process, the
 // files of its disks, its cgroup. A server that just started makes a template
-// in a guest of its own, which ends soon.
+// in a guest of its own, which ends by and by.
 func (s *script) nothingLeft(ts *testscript.TestScript, _ []string) error {
-	deadline := time.Now().Add(time.Minute)
+	deadline := time.Now().Add(within)
 	for {
 		left, err := s.leftovers(ts.Getenv("STATE"))
 		if err != nil || left == "" {
