@@ -5,12 +5,23 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 )
 
 // templateBudget is how much memory templates take in all on a machine with so
 // much, and how much of the disk: one is 100 to 300 MiB.
 func templateBudget(machineBytes int64) int64 { return max(1<<30, machineBytes/16) }
+
+// boots is how many guests may boot for builds at once: a processor for each, and
+// one for a template that is being made.
+func (c *Config) boots() int {
+	n := runtime.GOMAXPROCS(0)
+	if !c.ColdBoot {
+		n--
+	}
+	return max(1, n)
+}
 
 // maxRemade is how many templates are made anew at once when what they depend on
 // has changed: those that were used last.

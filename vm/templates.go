@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -31,11 +30,9 @@ type templates struct {
 	wait sync.WaitGroup // for goroutines that make templates
 }
 
-func newTemplates(budget int64) *templates {
-	return &templates{
-		budget: budget, making: newLock(), byID: map[string]*templateSlot{},
-		cold: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1)),
-	}
+// newTemplates returns an empty table; so many guests may boot for builds at once.
+func newTemplates(budget int64, boots int) *templates {
+	return &templates{budget: budget, making: newLock(), byID: map[string]*templateSlot{}, cold: make(chan struct{}, boots)}
 }
 
 // A templateSlot is where one template is, is being made, or was not made.

@@ -69,8 +69,7 @@ func (m *testMaker) ready(all *templates, p *platform, of machine) *loan {
 // templatesTest runs a test with a table in which one guest may boot at a time.
 func templatesTest(t *testing.T, f func(t *testing.T, all *templates, p *platform, m *testMaker)) {
 	synctest.Test(t, func(t *testing.T) {
-		all := newTemplates(1 << 30)
-		all.cold = make(chan struct{}, 1)
+		all := newTemplates(1<<30, 1)
 		m := newTestMaker(t)
 		f(t, all, testPlatform("k"), m)
 		all.close()

@@ -192,7 +192,7 @@ func New(cfg Config) (*Runner, error) {
 		answers: &answers{path: filepath.Join(cfg.StateDir, qualifiedFile)}}
 	r.life, r.end = context.WithCancelCause(context.Background())
 	budget := templateBudget(machineBytes())
-	r.templates, r.saved = newTemplates(budget), newSavedTemplates(cfg.StateDir, budget)
+	r.templates, r.saved = newTemplates(budget, cfg.boots()), newSavedTemplates(cfg.StateDir, budget)
 	if err := r.findBases(); err != nil {
 		return nil, err
 	}
