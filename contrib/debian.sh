@@ -86,7 +86,7 @@ fetch_kernel() {
 # architecture; prints DIR, which `nbd kernel import` takes.
 fetch_aarch64() {
   apt_arch=arm64
-  fetch_kernel "$1" arm64 >&2
+  fetch_kernel "$1" arm64 >/dev/null
   fetch_debs "$1" busybox-static >&2
   apt_arch=
   echo "$1"
