@@ -227,7 +227,7 @@ func udpFrame(src, dst netip.Addr, from, to uint16, data []byte) []byte {
 
 // ipFrame makes a frame with an IP packet, whose payload gets its checksum.
 func ipFrame(src, dst netip.Addr, proto byte, payload []byte) []byte {
-	at := map[byte]int{protoICMP: 2, protoICMPv6: 2, protoUDP: 6}[proto]
+	at := map[byte]int{protoICMP: 2, protoICMPv6: 2, protoTCP: 16, protoUDP: 6}[proto]
 	sum := uint16(0)
 	if proto != protoICMP { // it has no pseudo header
 		sum = checksum.Checksum(src.AsSlice(), sum)

@@ -30,11 +30,6 @@ func synFrom(src, dst netip.Addr, from, to uint16) []byte {
 	b := binary.BigEndian.AppendUint16(nil, from)
 	b = binary.BigEndian.AppendUint16(b, to)
 	b = append(b, 0, 0, 0, 1, 0, 0, 0, 0, 5<<4, 2, 0xff, 0xff, 0, 0, 0, 0)
-	sum := checksum.Checksum(src.AsSlice(), 0)
-	sum = checksum.Checksum(dst.AsSlice(), sum)
-	sum = checksum.Combine(sum, protoTCP)
-	sum = checksum.Combine(sum, uint16(len(b)))
-	binary.BigEndian.PutUint16(b[16:], ^checksum.Checksum(b, sum))
 	return ipFrom(src, dst, protoTCP, b)
 }
 

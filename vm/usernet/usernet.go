@@ -238,12 +238,39 @@ func (n *Network) Close() error {
 		n.mu.Unlock()
 		n.cancel()
 		err = n.link.Close()
-		n.tcp.Close()
-		n.work.Wait()
-		n.ep.Close()
-		n.tcp.Wait()
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			n.work.Wait()
+			n.ep.Close()
+			n.tcp.Close()
+			n.tcp.Wait()
+		}()
+		err = errors.Join(err, n.resetUntil(done))
 	})
 	return err
+}
+
+// closePatience is how long a network may take to end. Nothing in it waits for
+// the guest or another host then.
+const closePatience = 20 * time.Second
+
+// resetUntil resets all connections until done: one may just have begun, which
+// would wait for the guest.
+func (n *Network) resetUntil(done <-chan struct{}) error {
+	late := time.After(closePatience)
+	for {
+		for _, e := range slices.Concat(n.tcp.RegisteredEndpoints(), n.tcp.CleanupEndpoints()) {
+			e.Abort()
+		}
+		select {
+		case <-done:
+			return nil
+		case <-late:
+			return errors.New("the network of a guest does not end")
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
 }
 
 // begin counts something that Close waits for; false if it is too late.
