@@ -25,7 +25,7 @@ func TestCVE202552992(t *testing.T) {
 	req := bt.request(d)
 	before := bt.files()
 	r, _ := bt.build(req)
-	wantError(t, r, nixproto.PermanentFailure, "exit code 1")
+	wantError(t, r, nixproto.TransientFailure, "exit code 1")
 	if _, err := bt.session.Sight.Info(t.Context(), d.Outputs["out"].Path); !errors.Is(err, store.ErrNotFound) {
 		t.Errorf("the output is valid: %v", err)
 	}

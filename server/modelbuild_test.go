@@ -417,6 +417,9 @@ func (m *modelTest) ended(owner *pending, o outcome) (end *knownEnd, code nixpro
 	end = &knownEnd{account: owner.who.ID}
 	switch o.kind {
 	case "exit", "crash":
+		if owner.drv.fixed { // the network may be better another time
+			return end, nixproto.TransientFailure, store.StatusBuildFailed
+		}
 		return end, nixproto.PermanentFailure, store.StatusBuildFailed
 	case "missing":
 		return end, nixproto.OutputRejected, store.StatusBuildFailed

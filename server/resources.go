@@ -103,7 +103,7 @@ func planFrom(run *store.Run, set *policy, diskMiB, maxDiskMiB int) plan {
 	}
 	p.cpus = min(max(set.cpus, wantedCPUs(run)), set.maxCPUs)
 	p.memoryMiB = min(max(set.memoryMiB, neededMiB(run.PeakMemory, run.MemoryMiB, run.ShortMemoryMiB)), set.maxMemoryMiB)
-	p.diskMiB = min(max(diskMiB, neededMiB(run.PeakDisk, run.DiskMiB, run.ShortDiskMiB)), maxDiskMiB)
+	p.diskMiB = diskOf(min(max(diskMiB, neededMiB(run.PeakDisk, run.DiskMiB, run.ShortDiskMiB)), maxDiskMiB))
 	if n := neededMiB(run.PeakDisk, 0, run.ShortDiskMiB); n > 0 {
 		p.writesMiB = min(n, p.diskMiB)
 	}
@@ -153,6 +153,15 @@ func neededMiB(peak int64, hadMiB, shortMiB int) int {
 		n = min(n, hadMiB)
 	}
 	return max(n, 2*shortMiB)
+}
+
+// diskOf is the size of the disk that a guest really gets for n MiB.
+func diskOf(n int) int {
+	size, err := vm.ScratchSize(n)
+	if err != nil { // never: n is at most what was found to be a size
+		return n
+	}
+	return int(size >> 20)
 }
 
 // busyCPUs is how many CPUs a run kept busy on average.

@@ -358,6 +358,9 @@ func (w *world) failed(a *ask, e *knownEnd) {
 
 // timedOut keeps a timeout, where it is the longest.
 func (w *world) timedOut(a *ask, e *knownEnd, longest func(own store.AccountID) bool) {
+	if a.drv.fixed { // the network may have made it wait
+		return
+	}
 	w.store(a, func(own store.AccountID, k *knownEnds) {
 		if longest(own) {
 			k.timeouts[a.policy.limited] = e
