@@ -45,6 +45,9 @@ import (
 //	kill-guest             SIGKILL to the guests that run now; fail if none does
 //	httpserve NAME WHAT    serve a folder over HTTP at $NAME; what is a URL is
 //	                       redirected to (status 302), `loop` leads to itself
+//	world DIR ARCH...      build testdata/world, see world_test.go
+//	same-world NIX HERE HEADING...
+//	                       compare what it printed in two sandboxes
 //	nothing-left           fail unless guests, their files and cgroups are gone
 //
 // Guests need a kernel: NBD_TEST_KERNEL names a package or folder that `nbd
@@ -89,7 +92,8 @@ func TestScripts(t *testing.T) {
 			"awaitlog": command((*script).awaitLog), "awaitclient": command((*script).awaitClient), "nothing-left": command((*script).nothingLeft), "guest-alive": command((*script).guestAlive),
 			"kill-guest": command((*script).killGuest),
 			"httpserve":  command((*script).httpServe),
-			"rootless":   command((*script).rootless), "small-state": command((*script).smallState),
+			"world":      command((*script).world), "same-world": command((*script).sameWorld),
+			"rootless": command((*script).rootless), "small-state": command((*script).smallState),
 		},
 	})
 }

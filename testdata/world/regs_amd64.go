@@ -1,0 +1,5 @@
+package main
+
+import "golang.org/x/sys/unix"
+
+func stackPointer(r *unix.PtraceRegs) uintptr { return uintptr(r.Rsp) }
