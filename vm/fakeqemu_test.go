@@ -46,7 +46,11 @@ func fakeQEMUMain() {
 	name := strings.TrimPrefix(filepath.Base(os.Args[0]), fakeQEMUPrefix)
 	if play := fakeStarts[name]; play != nil {
 		play(g)
-		select {} // until it is killed, like a machine that nobody turns off
+		// Until it is killed, like a machine that nobody turns off. Go ends a
+		// program in which nothing can happen any more.
+		for {
+			time.Sleep(time.Hour)
+		}
 	}
 	go g.answerQMP()
 	order, err := g.boot()
