@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -50,7 +51,7 @@ func (b *Builds) planFor(ctx context.Context, r *request) {
 	if err != nil { // the settings will do
 		b.cfg.Logger.Error("history cannot be read", "account", j.account, "package", pkg, "err", err)
 	}
-	p := planFrom(nearest(runs, version), &j.set, b.cfg.ScratchMiB, b.cfg.MaxScratchMiB)
+	p := planFrom(known(runs, version), &j.set, b.cfg.ScratchMiB, b.cfg.MaxScratchMiB)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.plan = p
@@ -61,6 +62,22 @@ func (r *request) planned() plan {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.plan
+}
+
+// known returns what is known for a version: of the nearest run, and of the
+// nearest that succeeded, if the nearest has not. Nil if nothing is.
+func known(runs []store.Run, version string) *store.Run {
+	run := nearest(runs, version)
+	if run == nil || run.MemoryMiB > 0 {
+		return run
+	}
+	good := nearest(slices.DeleteFunc(slices.Clone(runs), func(r store.Run) bool { return r.MemoryMiB == 0 }), version)
+	if good == nil {
+		return run
+	}
+	both := *good
+	both.Build, both.ShortMemoryMiB, both.ShortDiskMiB = run.Build, run.ShortMemoryMiB, run.ShortDiskMiB
+	return &both
 }
 
 // nearest returns the run of that version, or else of the one that shares the
@@ -109,7 +126,7 @@ func planFrom(run *store.Run, set *policy, diskMiB, maxDiskMiB int) plan {
 	}
 	p.why = p.String() + ", by the settings"
 	if more := p.because(run, set, diskMiB); len(more) > 0 {
-		p.why = fmt.Sprintf("%s: build %d %s", p, run.Build, strings.Join(more, ", "))
+		p.why = fmt.Sprintf("%s: as of build %d the package %s", p, run.Build, strings.Join(more, ", "))
 	}
 	return p
 }

@@ -48,6 +48,23 @@ func TestNearest(t *testing.T) {
 	}
 }
 
+// TestKnown has a version that never succeeded beside one that did.
+func TestKnown(t *testing.T) {
+	good, bad := store.Run{Version: "1", Build: 1, MemoryMiB: 4096, PeakMemory: 5}, store.Run{Version: "2", Build: 2, ShortDiskMiB: 7}
+	both := store.Run{Version: "1", Build: 2, MemoryMiB: 4096, PeakMemory: 5, ShortDiskMiB: 7}
+	for _, tt := range []struct {
+		runs    []store.Run
+		version string
+		want    *store.Run
+	}{
+		{nil, "1", nil}, {[]store.Run{bad}, "1", &bad}, {[]store.Run{good, bad}, "1", &good}, {[]store.Run{bad, good}, "3", &both},
+	} {
+		if diff := cmp.Diff(tt.want, known(tt.runs, tt.version)); diff != "" {
+			t.Errorf("%s of %+v: %s", tt.version, tt.runs, diff)
+		}
+	}
+}
+
 func TestPlanFrom(t *testing.T) {
 	const mib, minute = 1 << 20, time.Minute
 	set := policy{cpus: 2, maxCPUs: 16, memoryMiB: 2048, maxMemoryMiB: 10000}
@@ -61,7 +78,7 @@ func TestPlanFrom(t *testing.T) {
 		{"took little", &store.Run{CPUs: 2, MemoryMiB: 2048, DiskMiB: 1024, PeakMemory: 100 * mib, PeakDisk: 100 * mib, CPUTime: minute, Wall: minute},
 			plan{2, 2, 2048, 1024, 256, ""}, "by the settings"},
 		{"took more than the settings say", &store.Run{CPUs: 2, MemoryMiB: 8192, DiskMiB: 8192, PeakMemory: 4000 * mib, PeakDisk: 2000 * mib},
-			plan{2, 2, 5120, 4096, 2560, ""}, "build 7 took 4000 MiB of memory, took 2000 MiB of disk"},
+			plan{2, 2, 5120, 4096, 2560, ""}, "build 7 the package took 4000 MiB of memory, took 2000 MiB of disk"},
 		{"had enough", &store.Run{MemoryMiB: 4096, DiskMiB: 2048, PeakMemory: 4096 * mib, PeakDisk: 2047 * mib},
 			plan{2, 2, 4096, 2048, 2560, ""}, "took 4096 MiB of memory"},
 		{"had too little", &store.Run{MemoryMiB: 2048, PeakMemory: 2000 * mib, ShortMemoryMiB: 3000},
@@ -159,7 +176,7 @@ func TestBuildsGetMore(t *testing.T) {
 	if diff := cmp.Diff([]string{"built 3840+4096"}, resourcesOf(second)); diff != "" {
 		t.Error(diff)
 	}
-	if why, want := lastWhy(second[0]), fmt.Sprintf(": build %d took 3000 MiB of memory, took 3000 MiB of disk", first[4].ID); !strings.HasSuffix(why, want) {
+	if why, want := lastWhy(second[0]), fmt.Sprintf(": as of build %d the package took 3000 MiB of memory, took 3000 MiB of disk", first[4].ID); !strings.HasSuffix(why, want) {
 		t.Errorf("why %q, want %q", why, want)
 	}
 
