@@ -92,36 +92,21 @@ func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, r
 			err = errors.Join(err, g.close())
 		}
 	}()
-	id, release, err := r.ids.take()
+	uid, gid, err := g.takeIDs(r.ids)
 	if err != nil {
 		return nil, err
-	}
-	g.cleanup = append(g.cleanup, func() error {
-		if !g.undead {
-			release()
-		}
-		return nil
-	})
-	gid := id
-	if m.accel == "kvm" {
-		if gid, err = kvmGroup(id); err != nil {
-			return nil, err
-		}
 	}
 	r.alive.Add(1)
 	g.cleanup = append(g.cleanup, func() error { r.alive.Add(-1); return nil })
 	if err := g.enterGroup(p.cgroups, gets.limitMiB); err != nil {
 		return nil, err
 	}
-	scratch, err := r.scratchFile(disks.scratch, id)
-	if err != nil {
+	if g.scratch, err = r.scratchFile(disks.scratch, uid); err != nil {
 		return nil, err
 	}
-	g.scratch = scratch
-	r.scratches.add(scratch)
-	g.cleanup = append(g.cleanup, func() error { return r.scratches.remove(scratch) })
+	r.scratches.add(g.scratch)
+	g.cleanup = append(g.cleanup, func() error { return r.scratches.remove(g.scratch) })
 	initrd, _ := p.boot.initrdFor(m)
-	files := []*os.File{ram, p.boot.kernel, initrd, scratch}
 	sockets, args := fdSink-fdQMP+1, arguments(m, how)
 	if disks.network != nil {
 		sockets, args = sockets+1, append(args, netArguments()...)
@@ -138,13 +123,45 @@ func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, r
 			return nil, err
 		}
 	}
-	g.proc, err = startProcess(command{
-		path: p.qemu.Path, args: args, files: append(files, theirs...),
-		uid: id, gid: gid, group: g.group, confine: r.confined, devices: devices(m), output: g.console,
+	err = g.startQEMU(r, command{
+		path: p.qemu.Path, args: args, files: append([]*os.File{ram, p.boot.kernel, initrd, g.scratch}, theirs...),
+		uid: uid, gid: gid, group: g.group, confine: r.confined, devices: devices(m), output: g.console,
 	})
 	if err != nil {
 		ends[0].Close()
-		return nil, fmt.Errorf("%w%s", err, g.console.summary())
+		return nil, err
+	}
+	closeAll(theirs)
+	if err := g.greet(ends[0].(*net.UnixConn)); err != nil {
+		return nil, err
+	}
+	return g, nil
+}
+
+// takeIDs gives QEMU a user id of its own, and the group that may use KVM if it
+// does.
+func (g *guestVM) takeIDs(all *ids) (uid, gid int, err error) {
+	uid, release, err := all.take()
+	if err != nil {
+		return 0, 0, err
+	}
+	g.cleanup = append(g.cleanup, func() error {
+		if !g.undead {
+			release()
+		}
+		return nil
+	})
+	gid = uid
+	if g.machine.accel == "kvm" {
+		gid, err = kvmGroup(uid)
+	}
+	return uid, gid, err
+}
+
+// startQEMU starts the guest's process.
+func (g *guestVM) startQEMU(r *Runner, c command) (err error) {
+	if g.proc, err = startProcess(c); err != nil {
+		return fmt.Errorf("%w%s", err, g.console.summary())
 	}
 	gone := r.processes.add(g.proc.cmd.Process.Pid)
 	g.cleanup = append(g.cleanup, func() error { gone(); return nil })
@@ -158,15 +175,18 @@ func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, r
 			g.proc.kill()
 		}
 	}()
-	closeAll(theirs)
-	greeting, stop := g.within(g.ctx, bootPatience, "QEMU did not start in time")
+	return nil
+}
+
+// greet waits for QEMU's first words on its control socket.
+func (g *guestVM) greet(socket *net.UnixConn) (err error) {
+	ctx, stop := g.within(g.ctx, bootPatience, "QEMU did not start in time")
 	defer stop()
-	g.qmp, err = newQMP(greeting, ends[0].(*net.UnixConn))
-	if err != nil {
-		return nil, g.explain(fmt.Errorf("talk to QEMU: %w", err))
+	if g.qmp, err = newQMP(ctx, socket); err != nil {
+		return g.explain(fmt.Errorf("talk to QEMU: %w", err))
 	}
 	g.cleanup = append(g.cleanup, func() error { g.qmp.close(); return nil })
-	return g, nil
+	return nil
 }
 
 // enterGroup makes the guest's cgroup.
