@@ -480,6 +480,7 @@ func TestQualify(t *testing.T) {
 	t.Logf("accelerator %s; why not KVM: %s", s.Accel, s.WhyNotKVM)
 	second := newTestRunner(t, nil, change)
 	second.native.qemu.Path = inPath(t, "false") // nothing can be booted
+	second.native.stamped = second.native.stamp(&second.cfg)
 	again, err := second.Qualify(t.Context(), false)
 	if err != nil || again.Accel != s.Accel {
 		t.Errorf("not remembered: %+v, %v", again, err)
