@@ -91,31 +91,22 @@ func (m *Machine) room() (r machineRoom, err error) {
 // availableMiB returns how much memory programs can take without others losing
 // theirs: of the machine, or of the cgroups that the server is in.
 func (m *Machine) availableMiB() (int, error) {
-	text, err := os.ReadFile(filepath.Join(m.proc, "meminfo"))
-	if err != nil {
-		return 0, err
-	}
-	n, err := parseMeminfo(string(text), "MemAvailable")
-	if err != nil {
-		return 0, err
-	}
-	groups, err := m.groups()
-	if err != nil {
-		return 0, err
-	}
-	for _, g := range groups {
-		n = min(n, g.freeMiB())
-	}
-	return n, nil
+	return m.leastMiB("MemAvailable", (*memoryGroup).freeMiB)
 }
 
 // totalMiB returns how much memory there is for the server and its guests.
 func (m *Machine) totalMiB() (int, error) {
+	return m.leastMiB("MemTotal", func(g *memoryGroup) int { return int(g.limit >> 20) })
+}
+
+// leastMiB returns a field of /proc/meminfo, or what a cgroup that the server is
+// in has, if that is less.
+func (m *Machine) leastMiB(field string, of func(*memoryGroup) int) (int, error) {
 	text, err := os.ReadFile(filepath.Join(m.proc, "meminfo"))
 	if err != nil {
 		return 0, err
 	}
-	n, err := parseMeminfo(string(text), "MemTotal")
+	n, err := parseMeminfo(string(text), field)
 	if err != nil {
 		return 0, err
 	}
@@ -123,8 +114,8 @@ func (m *Machine) totalMiB() (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	for _, g := range groups {
-		n = min(n, int(g.limit>>20))
+	for i := range groups {
+		n = min(n, of(&groups[i]))
 	}
 	return n, nil
 }
