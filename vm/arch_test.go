@@ -39,9 +39,11 @@ func testRunnerOf(cfg Config, found *platform) *Runner {
 	if found != nil {
 		b.found.Store(found)
 	}
-	return &Runner{cfg: cfg, native: b, bases: []*base{b}, lacking: map[*arch]error{
-		archAArch64: errors.Join(&MissingError{"no kernel", "import one"}, &MissingError{"no shell", "import that"}),
-	}}
+	r := &Runner{cfg: cfg, native: b}
+	r.setup.Store(&setup{[]*base{b}, map[*arch]lack{archAArch64: {
+		errors.Join(&MissingError{"no kernel", "import one"}, &MissingError{"no shell", "import that"}), cfg.seen(archAArch64),
+	}}})
+	return r
 }
 
 func TestSystems(t *testing.T) {
@@ -59,13 +61,11 @@ func TestSystems(t *testing.T) {
 		return list
 	}
 	whole := testRunnerOf(Config{}, nil)
-	arm := &base{arch: archAArch64, finding: newLock()}
-	whole.bases = append(whole.bases, arm)
+	whole.setup.Store(&setup{bases: []*base{whole.native, {arch: archAArch64}}})
 	broken := testRunnerOf(Config{}, nil)
-	bad := &base{arch: archAArch64, finding: newLock()}
-	why := errors.New("it hangs")
-	bad.broken.Store(&why)
-	broken.bases = append(broken.bases, bad)
+	bad := &base{arch: archAArch64}
+	bad.broken.Store(&breakage{why: errors.New("it hangs")})
+	broken.setup.Store(&setup{bases: []*base{broken.native, bad}})
 	for _, tt := range []struct {
 		name string
 		r    *Runner

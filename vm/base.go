@@ -26,8 +26,28 @@ type base struct {
 	finding    lock // held by who finds out what guests run on
 	found      atomic.Pointer[platform]
 	old        []*platform // replaced, see refresh and Qualify; guarded by finding
-	// broken is why guests that are not native do not work, once that is known.
-	broken atomic.Pointer[error]
+	// broken tells of guests that are not native and do not work, once that is
+	// known.
+	broken atomic.Pointer[breakage]
+}
+
+// A breakage is why guests do not boot that are made of parts with a stamp.
+type breakage struct {
+	why   error
+	stamp string
+}
+
+// A setup is what guests are made of. It does not change.
+type setup struct {
+	bases   []*base        // the host's own, and others that are set up
+	lacking map[*arch]lack // of others that are not
+}
+
+// A lack is why an architecture is not set up, and what was seen of its parts
+// before they were looked for.
+type lack struct {
+	why  error
+	seen string
 }
 
 // findBase finds the parts. All that are missing are joined in its error, each a
@@ -56,21 +76,23 @@ func (r *Runner) findBases() error {
 	if r.native, err = findBase(r.life, &r.cfg, host); err != nil {
 		return firstOf(err)
 	}
-	r.bases = []*base{r.native}
+	s := &setup{bases: []*base{r.native}, lacking: map[*arch]lack{}}
 	for _, a := range arches {
 		if a == host || r.cfg.Accel == "kvm" || !r.cfg.wants(a) {
 			continue
 		}
+		seen := r.cfg.seen(a)
 		b, err := findBase(r.life, &r.cfg, a)
 		switch {
 		case err == nil:
-			r.bases = append(r.bases, b)
+			s.bases = append(s.bases, b)
 		case len(r.cfg.Systems) > 0: // it was asked for
 			return fmt.Errorf("set up %s: %w", a.systems[0], firstOf(err))
 		default:
-			r.lacking[a] = err
+			s.lacking[a] = lack{err, seen}
 		}
 	}
+	r.setup.Store(s)
 	return nil
 }
 
@@ -99,12 +121,20 @@ func (r *Runner) baseOf(system string) *base {
 	if len(r.cfg.Systems) > 0 && !slices.Contains(r.cfg.Systems, system) {
 		return nil
 	}
-	for _, b := range r.bases {
+	for _, b := range r.setup.Load().bases {
 		if slices.Contains(b.arch.systems, system) && b.broken.Load() == nil {
 			return b
 		}
 	}
 	return nil
+}
+
+// Offers reports whether builds for a system are taken, without booting anything.
+func (r *Runner) Offers(system string) bool {
+	if r.baseOf(system) == nil {
+		r.notice()
+	}
+	return r.baseOf(system) != nil
 }
 
 // A System is one for which guests can build, or could.
@@ -132,11 +162,12 @@ const whyOff = "it is switched off (--systems)"
 // Systems tells of each system whether it is offered, without booting anything.
 func (r *Runner) Systems() []System {
 	var list []System
-	for _, b := range r.bases {
+	now := r.notice()
+	for _, b := range now.bases {
 		for _, name := range b.arch.systems {
 			s := System{Name: name, Offered: true, QEMU: b.current().qemu.Version, Kernel: b.current().kernel.Name}
 			if why := b.broken.Load(); why != nil {
-				s.Offered, s.Broken, s.WhyNot = false, true, (*why).Error()
+				s.Offered, s.Broken, s.WhyNot = false, true, why.why.Error()
 			} else if r.baseOf(name) == nil {
 				s.Offered, s.SwitchedOff, s.WhyNot = false, true, whyOff
 			}
@@ -149,11 +180,11 @@ func (r *Runner) Systems() []System {
 		}
 	}
 	for _, a := range arches {
-		if slices.ContainsFunc(r.bases, func(b *base) bool { return b.arch == a }) {
+		if slices.ContainsFunc(now.bases, func(b *base) bool { return b.arch == a }) {
 			continue
 		}
 		off := System{WhyNot: "guests are not to be emulated (--accel kvm)"}
-		switch why := r.lacking[a]; {
+		switch why := now.lacking[a].why; {
 		case !r.cfg.wants(a):
 			off.SwitchedOff, off.WhyNot = true, whyOff
 		case why != nil:

@@ -20,7 +20,7 @@ import (
 // tested with what the machine has.
 
 func TestMain(m *testing.M) {
-	if strings.HasPrefix(filepath.Base(os.Args[0]), fakeQEMUPrefix) {
+	if name := filepath.Base(os.Args[0]); strings.HasPrefix(name, fakeQEMUPrefix) || name == archAArch64.qemu {
 		fakeQEMUMain()
 	}
 	guest.Enter()

@@ -22,7 +22,8 @@ import (
 // plays is named in its own name, or in the environment of the build.
 
 // fakeQEMUPrefix begins the name of a fake QEMU; what it plays from its start on
-// follows, if that is not an agent that boots.
+// follows, if that is not an agent that boots. The QEMU of another architecture
+// lies beside it and boots.
 const fakeQEMUPrefix = "fakeqemu-"
 
 // A fakeGuest is what the program that plays a guest has.

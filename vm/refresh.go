@@ -3,8 +3,11 @@ package vm
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
-	"strings"
+	"os/exec"
+	"path/filepath"
+	"slices"
 	"syscall"
 )
 
@@ -20,15 +23,81 @@ func (b *base) stamp(cfg *Config) string {
 	if err != nil {
 		kernel = b.kernel
 	}
-	var s strings.Builder
+	all := ""
 	for _, path := range []string{b.qemu.Path, b.shell, kernel.Image, kernel.Modules} {
-		info, err := os.Stat(path)
-		if err != nil {
+		s := stampOf(path)
+		if s == "" {
 			return b.stamped
 		}
-		fmt.Fprintf(&s, "%s %d %d %d\n", path, info.Sys().(*syscall.Stat_t).Ino, info.Size(), info.ModTime().UnixNano())
+		all += s
 	}
-	return s.String()
+	return all
+}
+
+// stampOf changes when what is at a path does; "" if nothing is.
+func stampOf(path string) string {
+	info, err := os.Stat(path)
+	if err != nil {
+		return ""
+	}
+	return fmt.Sprintf("%s %d %d %d\n", path, info.Sys().(*syscall.Stat_t).Ino, info.Size(), info.ModTime().UnixNano())
+}
+
+// seen changes when parts of guests come that are not the host's own.
+func (c *Config) seen(a *arch) string {
+	qemu, err := exec.LookPath(besideOrInPath(c.QEMU, a))
+	if err != nil {
+		qemu = ""
+	}
+	return stampOf(qemu) + stampOf(filepath.Join(c.StateDir, kernelsDir)) + stampOf(shellPath(c.StateDir, a))
+}
+
+// notice returns the setup, after another look at architectures whose parts were
+// not there and are now, or did not work and are others now. New guests are tried
+// in the background; what did not work is not offered before.
+func (r *Runner) notice() *setup {
+	r.noticing.Lock()
+	defer r.noticing.Unlock()
+	s := r.setup.Load()
+	for _, b := range s.bases {
+		if old := b.broken.Load(); old != nil {
+			if stamp := b.stamp(&r.cfg); stamp != old.stamp {
+				b.broken.Store(&breakage{old.why, stamp})
+				r.tryLater(b)
+			}
+		}
+	}
+	for a, old := range s.lacking {
+		seen := r.cfg.seen(a)
+		if seen == old.seen {
+			continue
+		}
+		b, err := findBase(r.life, &r.cfg, a)
+		next := &setup{slices.Clone(s.bases), maps.Clone(s.lacking)}
+		if err != nil {
+			next.lacking[a] = lack{err, seen}
+		} else {
+			delete(next.lacking, a)
+			next.bases = append(next.bases, b)
+			r.cfg.Logger.Info("guests are set up", "arch", a.name, "kernel", b.kernel.Name, "qemu", b.qemu.Version)
+			r.tryLater(b)
+		}
+		s = next
+	}
+	r.setup.Store(s)
+	return s
+}
+
+// tryLater tries guests in the background.
+func (r *Runner) tryLater(b *base) {
+	ctx, leave, err := r.enter(r.life)
+	if err != nil {
+		return // it was closed
+	}
+	go func() {
+		defer leave()
+		_ = r.try(ctx, b, false) // that of a Runner that was closed
+	}()
 }
 
 // latest returns b, or what is to be used in its place if a part has changed.

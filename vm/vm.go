@@ -151,12 +151,12 @@ type Status struct {
 
 // A Runner runs builds. Its methods are safe for concurrent use.
 type Runner struct {
-	cfg     Config
-	native  *base   // for the host's own architecture
-	bases   []*base // native and others that are set up
-	lacking map[*arch]error
-	cgroups cgroupFactory // nil if there are none
-	ids     *ids
+	cfg      Config
+	native   *base // for the host's own architecture
+	setup    atomic.Pointer[setup]
+	noticing sync.Mutex    // held by who replaces setup
+	cgroups  cgroupFactory // nil if there are none
+	ids      *ids
 	// confined is what keeps QEMU from this machine beside its user id.
 	confined *confinement
 	answers  *answers
@@ -188,7 +188,7 @@ func New(cfg Config) (*Runner, error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
-	r := &Runner{cfg: cfg, lacking: map[*arch]error{},
+	r := &Runner{cfg: cfg,
 		answers: &answers{path: filepath.Join(cfg.StateDir, qualifiedFile)}}
 	r.life, r.end = context.WithCancelCause(context.Background())
 	budget := templateBudget(machineBytes())
@@ -297,7 +297,7 @@ func (r *Runner) close() error {
 	r.running.Wait()
 	r.templates.close()
 	var errs []error
-	for _, b := range r.bases {
+	for _, b := range r.setup.Load().bases {
 		if p := b.found.Swap(nil); p != nil {
 			errs = append(errs, p.boot.close())
 		}
@@ -355,19 +355,29 @@ func (r *Runner) Qualify(ctx context.Context, fresh bool) (Status, error) {
 		return r.Status(), err
 	}
 	defer leave()
-	for _, b := range r.bases {
-		err := r.qualify(ctx, b, fresh)
-		switch {
-		case err == nil:
-			b.broken.Store(nil)
-		case b.native || ctx.Err() != nil:
+	for _, b := range r.setup.Load().bases {
+		if err := r.try(ctx, b, fresh); err != nil {
 			return r.Status(), err
-		default:
-			b.broken.Store(&err)
-			r.cfg.Logger.Error("guests do not boot", "arch", b.arch.name, "err", err)
 		}
 	}
 	return r.Status(), nil
+}
+
+// try boots guests of one base, and notes of others than the native one whether
+// they work; its errors are of the native one and the context's.
+func (r *Runner) try(ctx context.Context, b *base, fresh bool) error {
+	stamp := b.stamp(&r.cfg)
+	err := r.qualify(ctx, b, fresh)
+	switch {
+	case err == nil:
+		b.broken.Store(nil)
+	case b.native || ctx.Err() != nil:
+		return err
+	default:
+		b.broken.Store(&breakage{err, stamp})
+		r.cfg.Logger.Error("guests do not boot", "arch", b.arch.name, "err", err)
+	}
+	return nil
 }
 
 // qualify is Qualify for the guests of one base.
