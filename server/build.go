@@ -68,6 +68,7 @@ type runner interface {
 	Run(ctx context.Context, spec *vm.Spec, log io.Writer, outs vm.Outputs) (*vm.Result, error)
 	// These tell of guests what is known now; Qualify and, for one system,
 	// Generation find it out, which may take as long as a guest takes to boot.
+	Offers(system string) bool
 	Systems() []vm.System
 	Features() []vm.Feature
 	Emulated(system string) bool
@@ -215,12 +216,10 @@ func (b *Builds) Build(ctx context.Context, s *Session, req *BuildRequest, log L
 	if err != nil {
 		return b.noteRefused(ctx, s, req.DrvPath, req.Drv, req.Limits, failed(nixproto.InputRejected, err)), nil
 	}
-	offered, err := b.offeredTo(ctx, req.Drv)
-	if err != nil {
-		return nil, err
-	}
-	if err := checkDerivation(req.DrvPath, req.Drv, offered); err != nil {
+	if err := b.checkDerivation(ctx, req.DrvPath, req.Drv); isRefusal(err) {
 		return b.noteRefused(ctx, s, req.DrvPath, req.Drv, req.Limits, failed(nixproto.InputRejected, err)), nil
+	} else if err != nil {
+		return nil, err
 	}
 	if kind, _ := req.Drv.Kind(); kind == nixproto.InputAddressed && !s.Client.Can(StoreWrite) {
 		return b.buildProven(ctx, s, req, log)

@@ -52,6 +52,11 @@ func (r *fakeRunner) Systems() []vm.System {
 		{Name: "aarch64-linux", SwitchedOff: r.noAArch64, WhyNot: "no QEMU at /a/host/path"}}
 }
 
+// Offers implements runner.
+func (r *fakeRunner) Offers(system string) bool {
+	return slices.ContainsFunc(r.Systems(), func(s vm.System) bool { return s.Name == system && s.Offered })
+}
+
 // Features implements runner: what the builder can do is known after Qualify.
 func (r *fakeRunner) Features() []vm.Feature {
 	r.mu.Lock()

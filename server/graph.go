@@ -347,15 +347,13 @@ func (g *graph) check(ctx context.Context) error {
 		if n.result != nil || !n.build {
 			continue
 		}
-		offered, err := g.b.offeredTo(ctx, n.drv)
-		if err != nil {
-			return err
-		}
-		if err := checkOffered(n.path, n.drv, offered); err != nil {
+		if err := g.b.checkOffered(ctx, n.path, n.drv); isRefusal(err) {
 			n.result = failed(nixproto.InputRejected, err)
 			continue
+		} else if err != nil {
+			return err
 		}
-		err = g.hashing(ctx, n, func(m *nixproto.Modulo) error {
+		err := g.hashing(ctx, n, func(m *nixproto.Modulo) error {
 			for _, dep := range n.deps {
 				if dep.drv == nil || dep.result != nil || dep.build { // which is checked by itself
 					continue

@@ -4,8 +4,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-
-	"nbd/nixproto"
 )
 
 // An offering is what builds of this server may ask for now.
@@ -23,33 +21,31 @@ var ownFeatures = []string{"big-parallel", "benchmark", "ca-derivations"}
 func (b *Builds) offered() offering {
 	o := offering{features: slices.Clone(ownFeatures), lacks: map[string]string{}}
 	for _, s := range b.cfg.Runner.Systems() {
-		switch {
-		case s.Offered:
-			o.systems = append(o.systems, s.Name)
-		case s.SwitchedOff:
-			o.lacks[s.Name] = "which is switched off on this server"
-		default:
-			o.lacks[s.Name] = "which is not set up on this server (`nbd doctor`, run there, says how)"
-		}
+		o.note(&o.systems, s.Name, s.Offered, s.SwitchedOff, "which is not set up on this server (`nbd doctor`, run there, says how)")
 	}
 	for _, f := range b.cfg.Runner.Features() {
-		switch {
-		case f.Offered:
-			o.features = append(o.features, f.Name)
-		case f.SwitchedOff:
-			o.lacks[f.Name] = "which is switched off on this server"
-		default:
-			o.lacks[f.Name] = "which the guests of this server do not have (`nbd doctor`, run there, says why)"
-		}
+		o.note(&o.features, f.Name, f.Offered, f.SwitchedOff, "which the guests of this server do not have (`nbd doctor`, run there, says why)")
 	}
 	return o
 }
 
-// offeredTo returns what is offered, found out first if drv requires what is not
-// known yet: after a start that takes a moment.
-func (b *Builds) offeredTo(ctx context.Context, drv *nixproto.Derivation) (offering, error) {
+// note adds to a list what is offered, else says why it is not.
+func (o *offering) note(list *[]string, name string, offered, off bool, why string) {
+	switch {
+	case offered:
+		*list = append(*list, name)
+	case off:
+		o.lacks[name] = "which is switched off on this server"
+	default:
+		o.lacks[name] = why
+	}
+}
+
+// offeredTo returns what is offered, found out first if what is required is not
+// known yet: after a start that takes a moment. Its errors are ctx's.
+func (b *Builds) offeredTo(ctx context.Context, required []string) (offering, error) {
 	for _, f := range b.cfg.Runner.Features() {
-		if !f.Unknown || !requires(drv, f.Name) {
+		if !f.Unknown || !slices.Contains(required, f.Name) {
 			continue
 		}
 		if _, err := b.cfg.Runner.Qualify(ctx, false); ctx.Err() != nil {
@@ -60,16 +56,6 @@ func (b *Builds) offeredTo(ctx context.Context, drv *nixproto.Derivation) (offer
 		break
 	}
 	return b.offered(), nil
-}
-
-// requires reports whether a derivation requires a feature.
-func requires(drv *nixproto.Derivation, feature string) bool {
-	attrs, err := attrsOf(drv)
-	if err != nil {
-		return false // it is refused for that
-	}
-	required, err := attrs.strings("requiredSystemFeatures")
-	return err == nil && slices.Contains(required, feature)
 }
 
 // lack says why something is not to be had, and what is.

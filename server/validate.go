@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,20 +11,21 @@ import (
 	"nbd/nixproto"
 )
 
-// checkDerivation says in one sentence why a derivation is not built here. It
-// does not look at its inputs.
-func checkDerivation(path nixproto.StorePath, drv *nixproto.Derivation, o offering) error {
+// checkDerivation refuses, in one sentence, a derivation that is not built here.
+// It does not look at its inputs. Its other errors are ctx's.
+func (b *Builds) checkDerivation(ctx context.Context, path nixproto.StorePath, drv *nixproto.Derivation) error {
 	if err := checkShape(path, drv); err != nil {
 		return refusef("cannot build '%s': %v", path, err)
 	}
-	return checkOffered(path, drv, o)
+	return b.checkOffered(ctx, path, drv)
 }
 
-// checkOffered says in one sentence what a derivation asks for that is not to
-// be had here.
-func checkOffered(path nixproto.StorePath, drv *nixproto.Derivation, o offering) error {
+// checkOffered refuses, in one sentence, a derivation that asks for what is not
+// to be had here. Its other errors are ctx's.
+func (b *Builds) checkOffered(ctx context.Context, path nixproto.StorePath, drv *nixproto.Derivation) error {
 	builtin := strings.HasPrefix(drv.Builder, "builtin:")
-	if drv.System != "builtin" && !slices.Contains(o.systems, drv.System) {
+	if drv.System != "builtin" && !b.cfg.Runner.Offers(drv.System) {
+		o := b.offered()
 		return refusef("cannot build '%s': it is for the system '%s', %s",
 			path, drv.System, o.lack(drv.System, "and this server builds for %s", o.systems))
 	}
@@ -38,10 +40,16 @@ func checkOffered(path nixproto.StorePath, drv *nixproto.Derivation, o offering)
 	if err != nil {
 		return refusef("cannot build '%s': %v", path, err)
 	}
-	for _, f := range required {
-		if !slices.Contains(o.features, f) {
-			return refusef("cannot build '%s': it requires the system feature '%s', %s",
-				path, f, o.lack(f, "and this server offers %s", o.features))
+	if len(required) > 0 {
+		o, err := b.offeredTo(ctx, required)
+		if err != nil {
+			return err
+		}
+		for _, f := range required {
+			if !slices.Contains(o.features, f) {
+				return refusef("cannot build '%s': it requires the system feature '%s', %s",
+					path, f, o.lack(f, "and this server offers %s", o.features))
+			}
 		}
 	}
 	if attrs.bool("__noChroot") {
