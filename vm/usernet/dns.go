@@ -16,9 +16,8 @@ import (
 	"nbd/vm/egress"
 )
 
-// HostName is the name of the host that the guest runs on: of the gateway's
-// address. What listens on the host's loopback is reached by it, if it is
-// listed.
+// HostName is the name of the host that the guest runs on: of the addresses of
+// its loopback that are listed, which are the gateway's to the guest.
 const HostName = "host.nbd.internal"
 
 const (
@@ -132,17 +131,14 @@ func hostName(name string) (string, bool) {
 // has to call them, and remembers whose they are. With none, but others, the
 // refusal is kept.
 func (r *resolver) addresses(ctx context.Context, name string) ([]netip.Addr, error) {
-	if name == HostName {
-		for _, a := range r.gateways() {
-			r.remember(a, name)
+	all := []netip.Addr{netip.IPv6Loopback(), loopback4}
+	if name != HostName {
+		ctx, cancel := context.WithTimeout(ctx, lookupPatience)
+		defer cancel()
+		var err error
+		if all, err = r.lookup(ctx, name); err != nil {
+			return nil, err
 		}
-		return r.gateways(), nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, lookupPatience)
-	defer cancel()
-	all, err := r.lookup(ctx, name)
-	if err != nil {
-		return nil, err
 	}
 	var good []netip.Addr
 	var refused error
@@ -152,14 +148,9 @@ func (r *resolver) addresses(ctx context.Context, name string) ([]netip.Addr, er
 			refused = err
 			continue
 		}
-		if a.IsLoopback() {
-			a = gateway4
-			if !slices.Contains(good, a) {
-				good = append(good, a)
-			}
-			continue
+		if a = inGuest(a); !slices.Contains(good, a) {
+			good = append(good, a)
 		}
-		good = append(good, a)
 	}
 	if len(good) == 0 && refused != nil {
 		r.use.refuse(netip.AddrPort{}, name, reason(refused))
@@ -170,12 +161,16 @@ func (r *resolver) addresses(ctx context.Context, name string) ([]netip.Addr, er
 	return good, nil
 }
 
-// gateways are the addresses of the gateway.
-func (r *resolver) gateways() []netip.Addr {
-	if r.ipv6 {
-		return []netip.Addr{gateway4, gateway6}
+// inGuest is what the guest calls an address: the host's loopback is the gateway
+// to it (onHost).
+func inGuest(a netip.Addr) netip.Addr {
+	switch {
+	case !a.IsLoopback():
+		return a
+	case a.Is6():
+		return gateway6
 	}
-	return []netip.Addr{gateway4}
+	return gateway4
 }
 
 // remember keeps the name of an address, the last one first.
@@ -217,10 +212,7 @@ func pack(head dnsmessage.Header, q *dnsmessage.Question, all []netip.Addr) []by
 		if len(m.Answers) == maxAnswers {
 			break
 		}
-		h := dnsmessage.ResourceHeader{Class: dnsmessage.ClassINET, TTL: answerTTL}
-		if q != nil {
-			h.Name = q.Name
-		}
+		h := dnsmessage.ResourceHeader{Name: q.Name, Class: dnsmessage.ClassINET, TTL: answerTTL}
 		switch {
 		case q.Type == dnsmessage.TypeA && a.Is4():
 			m.Answers = append(m.Answers, dnsmessage.Resource{Header: h, Body: &dnsmessage.AResource{A: a.As4()}})

@@ -97,7 +97,7 @@ func TestAnswer(t *testing.T) {
 			{"listed.lan.", dnsmessage.TypeA, "Success 10.7.7.7"},
 			{"other.lan.", dnsmessage.TypeA, "Success 10.7.7.8"},
 			{"local.lan.", dnsmessage.TypeA, "Success 192.0.0.1"},
-			{"host.nbd.internal.", dnsmessage.TypeA, "Success 192.0.0.1"},
+			{"host.nbd.internal.", dnsmessage.TypeA, "NameError"},
 			{"many.example.", dnsmessage.TypeA, "Success " + strings.Join(many[:maxAnswers], " ")},
 			{"a b.example.", dnsmessage.TypeA, "NameError"},
 			{"..", dnsmessage.TypeA, ""},
@@ -114,8 +114,27 @@ func TestAnswer(t *testing.T) {
 		for _, x := range u.get().Refusals {
 			refused = append(refused, x.Name)
 		}
-		if !slices.Equal(refused, []string{"private.example", "mapped.example"}) {
+		if !slices.Equal(refused, []string{"private.example", "mapped.example", "host.nbd.internal"}) {
 			t.Errorf("refused %q", refused)
+		}
+	}
+}
+
+// The host's own name is that of what is listed of its loopback: a guest that
+// takes the first address does not meet one that is refused.
+func TestHostName(t *testing.T) {
+	for _, test := range []struct{ listed, a, aaaa string }{
+		{"127.0.0.1:8080", "Success 192.0.0.1", "Success"},
+		{"[::1]:8080", "Success", "Success fd6e:6264::1"},
+		{"127.0.0.0/8 ::1", "Success 192.0.0.1", "Success fd6e:6264::1"},
+		{HostName + ":80", "Success 192.0.0.1", "Success fd6e:6264::1"},
+		{"10.0.0.1", "NameError", "NameError"},
+	} {
+		r := newResolver(Config{Rule: rule(t, strings.Fields(test.listed)...)}, true, newUse(0))
+		for kind, want := range map[dnsmessage.Type]string{dnsmessage.TypeA: test.a, dnsmessage.TypeAAAA: test.aaaa} {
+			if got := answered(t, r.answer(t.Context(), query(t, HostName+".", kind))); got != want {
+				t.Errorf("%s, %s: %s, want %s", test.listed, kind, got, want)
+			}
 		}
 	}
 }

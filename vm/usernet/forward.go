@@ -106,11 +106,13 @@ func (n *Network) connect(to netip.AddrPort) (conn *net.TCPConn, name string, er
 	return c.(*net.TCPConn), name, nil
 }
 
+var loopback4 = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+
 // onHost turns the gateway's address into what it stands for.
 func onHost(to netip.AddrPort) netip.AddrPort {
 	switch to.Addr() {
 	case gateway4:
-		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), to.Port())
+		return netip.AddrPortFrom(loopback4, to.Port())
 	case gateway6:
 		return netip.AddrPortFrom(netip.IPv6Loopback(), to.Port())
 	}
