@@ -198,7 +198,7 @@ func TestForwardSlowReader(t *testing.T) {
 	if _, err := g.dial(gatewayPort(at)); err != nil {
 		t.Fatal(err)
 	}
-	for before := int64(-1); g.net.Use().Received > before; time.Sleep(20 * time.Millisecond) {
+	for before := int64(0); before < bufferSize || g.net.Use().Received > before; time.Sleep(20 * time.Millisecond) {
 		before = g.net.Use().Received
 	}
 	if err := g.net.Close(); err != nil {

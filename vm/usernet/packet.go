@@ -70,7 +70,6 @@ func (n *Network) route(p packet) {
 		n.reply(answerNeighbour(p))
 	case p.proto == protoUDP:
 		n.datagram(p)
-	case p.proto == protoTCP && p.src != guest4 && p.src != guest6:
 	case p.proto == protoTCP && wholeTCP(p.payload):
 		protocol := tcpip.NetworkProtocolNumber(ipv4.ProtocolNumber)
 		if p.src.Is6() {
@@ -103,7 +102,7 @@ func (n *Network) datagram(p packet) {
 		n.reply(unreachable(p))
 		return
 	}
-	if p.src != guest4 && p.src != guest6 || !n.begin() {
+	if !n.begin() {
 		return
 	}
 	query := bytes.Clone(b[udpHeader:size])
@@ -167,8 +166,7 @@ func appendEther(b []byte, etherType uint16) []byte {
 	return binary.BigEndian.AppendUint16(b, etherType)
 }
 
-// answerARP says that the gateway has any address that the guest asks for, but
-// for its own; nil if that is no question.
+// answerARP answers who asks for the gateway; nil if the guest does not.
 func answerARP(b []byte) []byte {
 	const size = 28
 	ask := []byte{0, 1, 8, 0, 6, 4, 0, 1} // Ethernet, IPv4, their lengths, request

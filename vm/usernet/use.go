@@ -77,7 +77,10 @@ func (u *use) get() Use {
 func (u *use) refuse(to netip.AddrPort, name, why string) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	r := Refusal{name, to, why}
+	u.refuseLocked(Refusal{name, to, why})
+}
+
+func (u *use) refuseLocked(r Refusal) {
 	if len(u.Refusals) < maxRefusals && !slices.Contains(u.Refusals, r) {
 		u.Refusals = append(u.Refusals, r)
 	}
@@ -143,9 +146,6 @@ func (h *hostUse) count(sent, received int64) error {
 	if h.index >= 0 {
 		to = h.u.Hosts[h.index].Address
 	}
-	r := Refusal{Address: to, Why: errTooMuch.Error()}
-	if len(h.u.Refusals) < maxRefusals && !slices.Contains(h.u.Refusals, r) {
-		h.u.Refusals = append(h.u.Refusals, r)
-	}
+	h.u.refuseLocked(Refusal{Address: to, Why: errTooMuch.Error()})
 	return errTooMuch
 }

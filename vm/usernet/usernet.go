@@ -2,8 +2,8 @@
 // route and no privilege of the host is needed for it, and nothing is reached
 // but what a rule allows.
 //
-//	guest ── Ethernet ── QEMU ── frames ── link.go   what is no plain packet ends here
-//	                                          ├── packet.go   ARP, neighbours, refused UDP
+//	guest ── Ethernet ── QEMU ── frames ── packet.go   what is no plain packet ends
+//	                                          │        here; ARP, neighbours, refused UDP
 //	                                          ├── dns.go      names, by the host's resolver
 //	                                          └── forward.go  TCP: rule, then a connection
 //	                                                          of the host's (egress)
@@ -23,7 +23,7 @@
 //
 // The guest may have taken over its kernel, and QEMU. Frames that are not plain
 // ARP, IPv4 or IPv6 of the guest's own addresses (no options, no fragments, no
-// other sender) go no further than link.go; gVisor's TCP sees what is left. A
+// other sender) go no further than packet.go; gVisor's TCP sees what is left. A
 // guest that sends faster than it may is not read from: it waits, and nobody
 // else does. Connections, bytes waiting in each, lookups under way, and what
 // is kept for the record are bounded. A guest that does not read fills its own
