@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"nbd/reuse"
+	"nbd/server/adminapi"
 	"nbd/store"
 )
 
@@ -34,7 +35,7 @@ type apiBuild struct {
 	// ReusedFrom is null unless that build is the account's own.
 	ReusedFrom *store.BuildID `json:"reused_from_build_id"`
 	// Network is there if the build had one.
-	Network *apiNetwork `json:"network,omitempty"`
+	Network *adminapi.Network `json:"network,omitempty"`
 }
 
 // An apiBuildOutput is an output of a build that succeeded.
@@ -85,7 +86,7 @@ func newAPIBuild(ctx context.Context, st *store.Store, b *store.Build, now time.
 		DerivationPath: string(b.DrvPath), System: b.System,
 		Outputs: []apiBuildOutput{}, Tags: b.Tags,
 		RestartOf: optID(b.RestartOf), RestartedAs: optID(b.RestartedAs),
-		Network: newAPINetwork(b.Network),
+		Network: tellableNetwork(b.Network),
 	}
 	if o.Tags == nil {
 		o.Tags = map[string]string{}

@@ -250,7 +250,7 @@ func printBuild(w io.Writer, b apiBuild) error {
 	for _, o := range b.Outputs {
 		rows = append(rows, [2]string{"output", fmt.Sprintf("%s %s, %d bytes, %s", o.Name, o.Path, o.NarSizeBytes, o.NarHash)})
 	}
-	return printRows(w, append(rows, b.Network.rows()...))
+	return printRows(w, append(rows, b.Network.Rows()...))
 }
 
 // An apiWhy says how a request was answered, and why.

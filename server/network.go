@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"nbd/nixproto"
+	"nbd/server/adminapi"
 	"nbd/store"
 	"nbd/vm/egress"
 	"nbd/vm/usernet"
@@ -78,4 +79,18 @@ func recordNetwork(use *usernet.Use) *store.BuildNetwork {
 		n.Refused = append(n.Refused, r.String())
 	}
 	return n
+}
+
+// tellableNetwork is what the owner of a build and the operator are shown of its
+// network.
+func tellableNetwork(n *store.BuildNetwork) *adminapi.Network {
+	if n == nil {
+		return nil
+	}
+	// Lists in JSON, also empty ones.
+	t := &adminapi.Network{Sent: n.Sent, Received: n.Received, Hosts: []adminapi.Host{}, More: n.MoreHosts, Refused: append([]string{}, n.Refused...), Private: n.Private}
+	for _, h := range n.Hosts {
+		t.Hosts = append(t.Hosts, adminapi.Host(h))
+	}
+	return t
 }

@@ -75,7 +75,7 @@ func TestNetworkIsTold(t *testing.T) {
 		t.Errorf("record %+v", n)
 	}
 	var text strings.Builder
-	for _, row := range newAPINetwork(n).rows() {
+	for _, row := range tellableNetwork(n).Rows() {
 		fmt.Fprintf(&text, "%s: %s\n", row[0], row[1])
 	}
 	if got := text.String(); got != "network: 10 bytes sent, 20 received\nconnected: dns.example (8.8.8.8:80): 10 bytes sent, 20 received\n"+

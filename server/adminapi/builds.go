@@ -48,6 +48,30 @@ type Network struct {
 	Hosts   []Host   `json:"hosts"`
 	More    int      `json:"more_connections"`
 	Refused []string `json:"refused"` // lines for a person
+	// Private says that it was connected to an address that is not public.
+	Private bool `json:"private"`
+}
+
+// Rows are lines about it for a person, in two columns; nil has none.
+func (n *Network) Rows() (rows [][2]string) {
+	if n == nil {
+		return nil
+	}
+	rows = append(rows, [2]string{"network", fmt.Sprintf("%d bytes sent, %d received", n.Sent, n.Received)})
+	for _, h := range n.Hosts {
+		to := h.Address
+		if h.Name != "" {
+			to = h.Name + " (" + to + ")"
+		}
+		rows = append(rows, [2]string{"connected", fmt.Sprintf("%s: %d bytes sent, %d received", to, h.Sent, h.Received)})
+	}
+	if n.More > 0 {
+		rows = append(rows, [2]string{"connected", fmt.Sprintf("%d times more", n.More)})
+	}
+	for _, r := range n.Refused {
+		rows = append(rows, [2]string{"refused", r})
+	}
+	return rows
 }
 
 // A Host is a host that a build was connected to.

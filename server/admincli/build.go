@@ -54,7 +54,9 @@ func (a *flags) buildShow() *cobra.Command {
 			fmt.Fprintf(w, "status\t%s %s\n", b.Status, b.Message)
 			fmt.Fprintf(w, "created\t%s\n", b.Created.Local().Format(time.DateTime))
 			fmt.Fprintf(w, "took\t%.1f s, %d s of CPU time on %d CPUs, %d MiB of memory\n", b.Duration, b.CPUSeconds, b.CPUs, b.PeakMemoryKiB>>10)
-			printNetwork(w, b.Network)
+			for _, row := range b.Network.Rows() {
+				fmt.Fprintf(w, "%s\t%s\n", row[0], row[1])
+			}
 			for _, d := range b.Decisions {
 				mark := ""
 				if d.Taken {
@@ -63,26 +65,6 @@ func (a *flags) buildShow() *cobra.Command {
 				fmt.Fprintf(w, "%s\t%s%s\n", d.Check, d.Reason, mark)
 			}
 		})
-}
-
-func printNetwork(w io.Writer, n *adminapi.Network) {
-	if n == nil {
-		return
-	}
-	fmt.Fprintf(w, "network\t%d bytes sent, %d received\n", n.Sent, n.Received)
-	for _, h := range n.Hosts {
-		to := h.Address
-		if h.Name != "" {
-			to = h.Name + " (" + to + ")"
-		}
-		fmt.Fprintf(w, "connected\t%s: %d bytes sent, %d received\n", to, h.Sent, h.Received)
-	}
-	if n.More > 0 {
-		fmt.Fprintf(w, "connected\t%d times more\n", n.More)
-	}
-	for _, r := range n.Refused {
-		fmt.Fprintf(w, "refused\t%s\n", r)
-	}
 }
 
 func (a *flags) buildLog() *cobra.Command {
