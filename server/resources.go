@@ -48,7 +48,7 @@ func (b *Builds) planFor(ctx context.Context, r *request) {
 	j := r.job
 	pkg, version := nixproto.ParseName(j.drv.Name)
 	runs, err := b.store.Runs(ctx, j.account, j.drv.System, pkg)
-	if err != nil { // the settings will do
+	if err != nil && ctx.Err() == nil { // the settings will do
 		b.cfg.Logger.Error("history cannot be read", "account", j.account, "package", pkg, "err", err)
 	}
 	p := planFrom(known(runs, version), &j.set, b.cfg.ScratchMiB, b.cfg.MaxScratchMiB)

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -205,6 +206,30 @@ func TestBuildsGetMore(t *testing.T) {
 	wantStatus(t, r, nixproto.Built)
 	if got := resourcesOf(bt.records()); got[len(got)-1] != "built 1000+1024" {
 		t.Errorf("another package: %q", got)
+	}
+}
+
+// TestRetryWritesMore has a build that fills its disk: the next run is expected to
+// write as much as it may then.
+func TestRetryWritesMore(t *testing.T) {
+	bt := newBuildTest(t, func(c *BuildsConfig) { c.ScratchMiB, c.MaxScratchMiB = 2048, 8192 })
+	var got []int
+	bt.runner.act("x", func(f *fakeRun) error {
+		bt.queue.mu.Lock()
+		got = append(got, bt.queue.writes)
+		bt.queue.mu.Unlock()
+		switch f.try {
+		case 1, 2:
+			return &vm.BuildError{Kind: vm.NoSpace, Message: "no space"}
+		case 3:
+			return errors.New("the guest died")
+		}
+		return f.writeContent()
+	})
+	r, _ := bt.build(bt.request(drv("x")))
+	wantStatus(t, r, nixproto.Built)
+	if want := []int{usualDiskMiB, 4096, 8192, 8192}; !slices.Equal(got, want) {
+		t.Errorf("expected to write %v MiB, want %v", got, want)
 	}
 }
 

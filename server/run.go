@@ -128,11 +128,12 @@ func (b *Builds) run(f *flight, r *request, in *jobInputs, lease *store.Lease) *
 		if !end.status.Retried() || end.hopeless || f.Context().Err() != nil {
 			return end
 		}
-		next := &attempt{job: j, key: in.key, closure: closure, lease: lease, limits: a.limits, memoryMiB: a.memoryMiB, diskMiB: a.diskMiB, before: a}
+		next := &attempt{job: j, key: in.key, closure: closure, lease: lease, limits: a.limits, memoryMiB: a.memoryMiB, diskMiB: a.diskMiB, writesMiB: a.writesMiB, before: a}
 		if end.status == reuse.OutOfMemory {
 			next.memoryMiB, next.diskMiB, next.why = a.more(end, b.ceiling(f), b.cfg.MaxScratchMiB)
 			with := fmt.Sprintf("%d MiB", next.memoryMiB)
 			if end.short == vm.NoSpace {
+				next.writesMiB = next.diskMiB
 				with = fmt.Sprintf("%d MiB of disk", next.diskMiB)
 			}
 			f.Tell(flightEvent{note: fmt.Sprintf("%s; trying again with %s", end.message, with)})
@@ -206,6 +207,8 @@ type attempt struct {
 
 	// Set when it leaves the queue; memoryMiB and diskMiB are the least before.
 	memoryMiB, diskMiB, cpus int
+	// writesMiB is the least that it is expected to write.
+	writesMiB int
 	// wantedBy is the request whose wish that was; why is set if it is the end of
 	// the attempt before.
 	wantedBy store.BuildID
@@ -224,7 +227,7 @@ func (b *Builds) attempt(f *flight, a *attempt) *ending {
 	if err := b.giveOwner(f, a); err != nil {
 		return b.broken(j, "record the build", err)
 	}
-	got, release, err := b.queue.acquire(ctx, b.wants(f, a.memoryMiB, a.diskMiB), func(p queuePlace) {
+	got, release, err := b.queue.acquire(ctx, b.wants(f, a), func(p queuePlace) {
 		b.queuedRecord(a)
 		f.Tell(flightEvent{place: p.String()})
 	})
@@ -243,17 +246,17 @@ func (b *Builds) attempt(f *flight, a *attempt) *ending {
 	return end
 }
 
-// wants returns what the guest of a flight would take of the machine for each
+// wants returns what the guest of an attempt would take of the machine for each
 // that waits, and a channel that is closed when others do. Disk is sparse: all
 // get as much as the one who wants most.
-func (b *Builds) wants(f *flight, leastMiB, leastDiskMiB int) func() ([]want, <-chan struct{}) {
+func (b *Builds) wants(f *flight, a *attempt) func() ([]want, <-chan struct{}) {
 	return func() (list []want, changed <-chan struct{}) {
 		members, changed := f.Members()
-		disk, writes := leastDiskMiB, 0
+		disk, writes := a.diskMiB, a.writesMiB
 		for _, m := range members {
 			p := m.planned()
 			disk, writes = max(disk, p.diskMiB), max(writes, p.writesMiB)
-			memory := min(max(leastMiB, p.memoryMiB), b.cfg.MaxMemoryMiB)
+			memory := min(max(a.memoryMiB, p.memoryMiB), b.cfg.MaxMemoryMiB)
 			list = append(list, want{account: m.job.account, build: m.id(), memoryMiB: memory, leastCPUs: p.leastCPUs,
 				need: Room{Guests: 1, MemoryMiB: vm.MemoryCostMiB(memory), CPUs: p.cpus}})
 		}
