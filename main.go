@@ -33,7 +33,6 @@ import (
 	"nbd/server/upstream"
 	"nbd/store"
 	"nbd/vm"
-	"nbd/vm/egress"
 	"nbd/vm/fault"
 	"nbd/vm/guest"
 )
@@ -191,9 +190,6 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	front := server.Config{Version: server.Version(), Logger: log, TempDir: filepath.Join(state, "tmp"), Ciphers: cfg.List("ciphers"), MaxUnauthenticated: cfg.Number("max-unauthenticated"),
 		Settings: cfg.SystemSettings(), TrustedKeys: publicKeys,
 		HandshakeTimeout: config.Get[time.Duration](cfg, "handshake-timeout"), KeepAlive: config.Get[time.Duration](cfg, "keep-alive")}
-	if _, err := egress.ParseRule(cfg.List("allow-addresses")); err != nil {
-		return &adminapi.HintError{Err: err, Hint: "write 10.1.0.0/16, 10.1.2.3:8080 or cache.example:8080"}
-	}
 	if builds.Network, err = cfg.Network(); err != nil {
 		return err
 	}
