@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -224,6 +225,28 @@ func TestForwardFlood(t *testing.T) {
 	}
 	if u := n.Use(); len(u.Refusals) > maxRefusals || len(u.Hosts) > 0 {
 		t.Errorf("use is %+v", u)
+	}
+}
+
+// Each refusal says what was refused, also without a port or room for the host.
+func TestRefusals(t *testing.T) {
+	u := newUse(10)
+	u.refuse(netip.AddrPortFrom(public, 0), "", "no port")
+	u.refuse(netip.AddrPort{}, "x.example", "no address")
+	for i := range maxHosts + 1 {
+		h := u.host("many.example", netip.AddrPortFrom(public, uint16(1+i)))
+		if i == maxHosts && h.received(11) == nil {
+			t.Error("there is no end")
+		}
+	}
+	u.refuse(netip.AddrPortFrom(public, maxHosts+1), "many.example", errTooMuch.Error())
+	var got []string
+	for _, r := range u.get().Refusals {
+		got = append(got, r.String())
+	}
+	want := []string{"8.8.8.8:0: no port", "x.example: no address", "many.example (8.8.8.8:101): " + errTooMuch.Error()}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }
 

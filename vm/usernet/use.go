@@ -37,20 +37,18 @@ type Host struct {
 // A Refusal is what a guest was not connected to, and why.
 type Refusal struct {
 	Name    string
-	Address netip.AddrPort // its port is 0 for a name alone
+	Address netip.AddrPort // not valid for a name alone
 	Why     string
 }
 
 // String names what was refused.
 func (r Refusal) String() string {
-	s := r.Address.String()
-	if r.Address.Port() == 0 {
-		s = ""
-	}
-	if r.Name != "" && s != "" {
-		s = r.Name + " (" + s + ")"
-	} else if r.Name != "" {
-		s = r.Name
+	s := r.Name
+	switch {
+	case s == "":
+		s = r.Address.String()
+	case r.Address.IsValid():
+		s += " (" + r.Address.String() + ")"
 	}
 	return s + ": " + r.Why
 }
@@ -106,6 +104,8 @@ func (u *use) spentLocked() bool { return u.max > 0 && u.Sent+u.Received > u.max
 type hostUse struct {
 	u     *use
 	index int // in u.Hosts; -1 if there is no room
+	name  string
+	to    netip.AddrPort
 }
 
 // host returns what counts for a host.
@@ -119,7 +119,7 @@ func (u *use) host(name string, to netip.AddrPort) *hostUse {
 	} else if i < 0 {
 		u.MoreHosts++
 	}
-	return &hostUse{u, i}
+	return &hostUse{u, i, name, to}
 }
 
 // sent counts n bytes that the guest has sent; an error says that it may send
@@ -142,10 +142,6 @@ func (h *hostUse) count(sent, received int64) error {
 	if !h.u.spentLocked() {
 		return nil
 	}
-	to := netip.AddrPort{}
-	if h.index >= 0 {
-		to = h.u.Hosts[h.index].Address
-	}
-	h.u.refuseLocked(Refusal{Address: to, Why: errTooMuch.Error()})
+	h.u.refuseLocked(Refusal{h.name, h.to, errTooMuch.Error()})
 	return errTooMuch
 }
