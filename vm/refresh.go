@@ -23,7 +23,7 @@ func (b *base) stamp(cfg *Config) string {
 	if err != nil {
 		kernel = b.kernel
 	}
-	all := ""
+	all := stampOf(shellPath(cfg.StateDir, b.arch)) // it goes before the host's
 	for _, path := range []string{b.qemu.Path, b.shell, kernel.Image, kernel.Modules} {
 		s := stampOf(path)
 		if s == "" {

@@ -8,6 +8,41 @@ import (
 	"testing"
 )
 
+// A part that is replaced, or imported in the place of the host's, changes the
+// stamp; one that is not there for a while does not.
+func TestStamp(t *testing.T) {
+	dir := t.TempDir()
+	cfg := &Config{StateDir: dir, Kernel: "6.1.0-x"}
+	at := func(name string) string { return filepath.Join(dir, name) }
+	write := func(name string) { t.Helper(); writeFiles(t, dir, map[string][]byte{name: bzImage("6.1.0-x")}) }
+	for _, name := range []string{"qemu", "sh", "kernels/6.1.0-x/" + importedImage, "kernels/6.1.0-x/" + importedFiles + "/none"} {
+		write(name)
+	}
+	b := &base{arch: archX8664, qemu: qemu{Path: at("qemu")}, shell: at("sh")}
+	b.stamped = b.stamp(cfg)
+	if b.stamped == "" || b.stamp(cfg) != b.stamped {
+		t.Fatalf("stamps %q, %q", b.stamped, b.stamp(cfg))
+	}
+	for _, name := range []string{"qemu", "sh", "kernels/6.1.0-x/" + importedImage} {
+		if err := os.Rename(at(name), at("old")); err != nil {
+			t.Fatal(err)
+		}
+		if b.stamp(cfg) != b.stamped {
+			t.Errorf("%s is away", name)
+		}
+		write(name)
+		if now := b.stamp(cfg); now == b.stamped {
+			t.Errorf("%s is another one", name)
+		} else {
+			b.stamped = now
+		}
+	}
+	write("shells/x86_64/busybox")
+	if b.stamp(cfg) == b.stamped {
+		t.Error("a shell was imported")
+	}
+}
+
 // Parts for guests of another architecture that come while the Runner runs are
 // noticed, and so is a kernel in the place of one that did not boot.
 func TestPartsAreNoticed(t *testing.T) {
