@@ -138,6 +138,20 @@ func TestReadme(t *testing.T) {
 	}
 }
 
+// What the systemd unit allows is enough: without its own addresses the server
+// lets accounts reach none at all (package egress).
+func TestUnit(t *testing.T) {
+	unit, err := os.ReadFile("contrib/nbd.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(unit)) {
+		if list, ok := strings.CutPrefix(strings.TrimSpace(line), "RestrictAddressFamilies="); ok && !slices.Contains(strings.Fields(list), "AF_NETLINK") {
+			t.Errorf("net.InterfaceAddrs needs AF_NETLINK: %s", line)
+		}
+	}
+}
+
 // A preparedState is what all scripts start from: the program, and a state
 // directory with an imported kernel that was found to boot.
 type preparedState struct {
