@@ -89,31 +89,20 @@ func (s *Store) Runs(ctx context.Context, a AccountID, system, pkg string) (list
 		if b == nil {
 			return nil
 		}
-		return eachRun(b, prefix, func(_ []byte, r *Run) error {
-			r.System, r.Package = system, pkg
-			list = append(list, *r)
-			return ctx.Err()
-		})
+		c := b.Cursor()
+		for k, v := c.Seek(prefix); bytes.HasPrefix(k, prefix); k, v = c.Next() {
+			r := Run{System: system, Package: pkg, Version: string(k[len(prefix):])}
+			if err := decodeJSON(v, &r); err != nil {
+				return err
+			}
+			list = append(list, r)
+		}
+		return ctx.Err()
 	})
 	if err != nil {
 		return nil, fmt.Errorf("history of %s: %w", pkg, databaseError(err))
 	}
 	return list, nil
-}
-
-// eachRun calls f with the records of one package.
-func eachRun(b *bolt.Bucket, prefix []byte, f func(k []byte, r *Run) error) error {
-	c := b.Cursor()
-	for k, v := c.Seek(prefix); bytes.HasPrefix(k, prefix); k, v = c.Next() {
-		r := &Run{Version: string(k[len(prefix):])}
-		if err := decodeJSON(v, r); err != nil {
-			return err
-		}
-		if err := f(k, r); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // putRun writes a run. Nothing is kept of accounts that were removed.
@@ -144,24 +133,24 @@ func putRun(tx *bolt.Tx, e *runEnd) error {
 func makeRoom(b *bolt.Bucket, prefix []byte) error {
 	var oldest []byte
 	var when time.Time
-	n := 0
-	consider := func(k []byte, r *Run) error {
-		if n++; oldest == nil || r.Time.Before(when) {
+	consider := func(k, v []byte) {
+		var r Run
+		_ = decodeJSON(v, &r) // one that is damaged has no time, and goes first
+		if oldest == nil || r.Time.Before(when) {
 			oldest, when = slices.Clone(k), r.Time
 		}
-		return nil
 	}
-	if err := eachRun(b, prefix, consider); err != nil {
-		return err
+	n, c := 0, b.Cursor()
+	for k, v := c.Seek(prefix); bytes.HasPrefix(k, prefix); k, v = c.Next() {
+		consider(k, v)
+		n++
 	}
 	if n < maxVersions {
 		if b.Sequence() < maxHistory {
 			return nil
 		}
 		oldest = nil
-		if err := sampleRuns(b, consider); err != nil {
-			return err
-		}
+		sampleRuns(b, consider)
 	}
 	if oldest == nil {
 		return nil
@@ -172,24 +161,18 @@ func makeRoom(b *bolt.Bucket, prefix []byte) error {
 	return b.SetSequence(b.Sequence() - 1)
 }
 
-// sampleRuns calls f with records that follow some place in the bucket.
-func sampleRuns(b *bolt.Bucket, f func(k []byte, r *Run) error) error {
+// sampleRuns calls f with records that follow some place in the bucket, which is
+// not empty.
+func sampleRuns(b *bolt.Bucket, f func(k, v []byte)) {
 	c := b.Cursor()
 	k, v := c.Seek(binary.BigEndian.AppendUint64(nil, rand.Uint64()))
 	for range historySample {
 		if k == nil {
 			k, v = c.First()
 		}
-		r := &Run{}
-		if err := decodeJSON(v, r); err != nil {
-			return err
-		}
-		if err := f(k, r); err != nil {
-			return err
-		}
+		f(k, v)
 		k, v = c.Next()
 	}
-	return nil
 }
 
 // removeRuns forgets all runs of an account.

@@ -1,6 +1,7 @@
 package store_test
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -94,6 +95,45 @@ func TestRuns(t *testing.T) {
 	check(alice, "x86_64-linux", "hello")
 	note(alice, first)
 	check(alice, "x86_64-linux", "hello", first)
+}
+
+// A record that is damaged keeps no build from its end, and is the first to go.
+func TestRunsDamaged(t *testing.T) {
+	dir := t.TempDir()
+	s := storetest.OpenDir(t, dir, store.Config{})
+	alice := storetest.Account(t, s, "alice")
+	note := func(version int) error {
+		s.NoteRun(alice, store.Run{System: "x", Package: "p", Version: fmt.Sprint(version), Time: time.Unix(int64(version), 0)})
+		return s.EndBuild(ctx, nil)
+	}
+	for version := range 8 {
+		if err := note(version); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	db, err := bolt.Open(filepath.Join(dir, "nbd.db"), 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = db.Update(func(tx *bolt.Tx) error {
+		name, _ := tx.Bucket([]byte("history")).Cursor().First()
+		b := tx.Bucket([]byte("history")).Bucket(name)
+		last, _ := b.Cursor().Last()
+		return b.Put(last, []byte("junk"))
+	})
+	if err := errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	s = storetest.OpenDir(t, dir, store.Config{})
+	if err := note(8); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := s.Runs(ctx, alice, "x", "p"); err != nil || len(list) != 8 {
+		t.Errorf("%d runs are known: %v", len(list), err)
+	}
 }
 
 // TestRunsAreBounded writes more packages than an account's history holds.
