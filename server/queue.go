@@ -387,9 +387,9 @@ func (q *queue) machineLacksLocked(w want, look func() (machineRoom, bool)) stri
 	if !ok {
 		return ""
 	}
-	promised := Room{MemoryMiB: q.total.MemoryMiB - q.free.MemoryMiB}
+	promised := q.total.MemoryMiB - q.free.MemoryMiB
 	switch {
-	case have.pressed || have.memoryMiB-max(0, promised.MemoryMiB-have.guestsMemoryMiB) < w.need.MemoryMiB+keptMemoryMiB:
+	case have.pressed || have.memoryMiB-max(0, promised-have.guestsMemoryMiB) < w.need.MemoryMiB+keptMemoryMiB:
 		return "memory of the machine"
 	case have.diskMiB-max(0, q.writes-have.guestsDiskMiB) < w.writesMiB:
 		return "disk of the machine"
@@ -496,10 +496,9 @@ type QueueStatus struct {
 func (q *queue) status() QueueStatus {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	s := QueueStatus{Total: q.total, Free: q.free}
+	s := QueueStatus{Running: q.running, Total: q.total, Free: q.free}
 	waiting := make(map[*ticket]bool)
 	for _, a := range q.accounts {
-		s.Running += a.running
 		for _, t := range a.waiting {
 			waiting[t] = true
 		}
