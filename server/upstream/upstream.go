@@ -211,7 +211,7 @@ func (c *Client) Cache(src Source, tokens Tokens) *Cache {
 // String returns the URL of the cache, without any credential.
 func (k *Cache) String() string { return k.src.String() }
 
-// ID tells caches apart by URL and credential: who has two Caches of one ID
+// ID tells caches apart by URL, credential and rule: who has two Caches of one ID
 // gets the same answers from both. It does not tell the credential.
 func (k *Cache) ID() [32]byte { return k.key }
 
