@@ -120,6 +120,21 @@ func TestAnswer(t *testing.T) {
 	}
 }
 
+// The longest answer to the longest name is not too long.
+func TestLongAnswer(t *testing.T) {
+	label := strings.Repeat("a", 63)
+	name := strings.Join([]string{label, label, label, label[:61]}, ".")
+	var all []string
+	for i := range 100 {
+		all = append(all, fmt.Sprintf("2a01:4f8:1111:2222:3333:4444:5555:%d", 1000+i))
+	}
+	r := newResolver(Config{lookup: names(map[string]string{name: strings.Join(all, " ")})}, true, newUse(0))
+	b := r.answer(t.Context(), query(t, name+".", dnsmessage.TypeAAAA))
+	if got, want := answered(t, b), "Success "+strings.Join(all[:maxAnswers], " "); got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}
+
 // The host's own name is that of what is listed of its loopback: a guest that
 // takes the first address does not meet one that is refused.
 func TestHostName(t *testing.T) {
