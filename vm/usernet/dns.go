@@ -27,7 +27,7 @@ const (
 	lookupPatience = 10 * time.Second
 	maxNames       = 2048 // addresses whose names are known
 	maxNamesOfAddr = 4
-	maxAnswers     = 8 // addresses in an answer, which fits into 512 bytes then
+	maxAnswers     = 8  // addresses in an answer, which fits into 512 bytes then
 	answerTTL      = 60 // seconds
 	maxUDP         = 512
 )
