@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -57,18 +58,13 @@ type machineRoom struct {
 // look returns what looks at the machine the first time it is called, and returns
 // the same from then on; false if it could not be found out, which is logged.
 func (m *Machine) look() func() (machineRoom, bool) {
-	var have machineRoom
-	var err error
-	done := false
-	return func() (machineRoom, bool) {
-		if !done {
-			done = true
-			if have, err = m.room(); err != nil {
-				m.log.Error("cannot find out what is left of the machine", "err", err)
-			}
+	return sync.OnceValues(func() (machineRoom, bool) {
+		have, err := m.room()
+		if err != nil {
+			m.log.Error("cannot find out what is left of the machine", "err", err)
 		}
 		return have, err == nil
-	}
+	})
 }
 
 // room looks at the machine.
