@@ -188,10 +188,16 @@ func (e *environment) merge(src, dst string, priority int) error {
 		if isLeftOut(from) {
 			continue
 		}
-		if info.IsDir() {
-			err = e.directory(from, to, priority)
-		} else {
-			err = e.file(from, to, priority)
+		there, err := os.Lstat(to)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			err = e.symlink(from, to, priority)
+		case err != nil:
+			err = errorf("getting status of '%s': %s", to, reason(err))
+		case info.IsDir():
+			err = e.directory(from, to, there, priority)
+		default:
+			err = e.file(from, to, there, priority)
 		}
 		if err != nil {
 			return err
@@ -212,15 +218,9 @@ func isLeftOut(path string) bool {
 	return false
 }
 
-// directory puts the directory from at the place to.
-func (e *environment) directory(from, to string, priority int) error {
-	there, err := os.Lstat(to)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return e.symlink(from, to, priority)
-	case err != nil:
-		return errorf("getting status of '%s': %s", to, reason(err))
-	case there.IsDir():
+// directory puts the directory from at the place to, where something is.
+func (e *environment) directory(from, to string, there fs.FileInfo, priority int) error {
+	if there.IsDir() {
 		return e.merge(from, to, priority)
 	}
 	// What is there is a symlink of ours: a directory takes its place, with
@@ -237,8 +237,8 @@ func (e *environment) directory(from, to string, priority int) error {
 	if err := os.Remove(to); err != nil {
 		return errorf("cannot unlink '%s': %s", to, reason(err))
 	}
-	if err := os.Mkdir(to, 0o755); err != nil {
-		return errorf("creating directory '%s': %s", to, reason(err))
+	if err := makeDir(to); err != nil {
+		return err
 	}
 	if err := e.merge(earlier, to, e.priority[to]); err != nil {
 		return err
@@ -246,15 +246,9 @@ func (e *environment) directory(from, to string, priority int) error {
 	return e.merge(from, to, priority)
 }
 
-// file puts the file from at the place to, if nothing of more priority is there.
-func (e *environment) file(from, to string, priority int) error {
-	there, err := os.Lstat(to)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return e.symlink(from, to, priority)
-	case err != nil:
-		return errorf("getting status of '%s': %s", to, reason(err))
-	case there.IsDir():
+// file puts the file from at the place to, if what is there has less priority.
+func (e *environment) file(from, to string, there fs.FileInfo, priority int) error {
+	if there.IsDir() {
 		return errorf("collision between non-directory '%s' and directory '%s'", from, to)
 	}
 	if e.priority[to] == priority {
