@@ -1,7 +1,6 @@
 package builtin
 
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -64,9 +63,12 @@ func newFetcher(log *logger, caFile string) *fetcher {
 			TLSHandshakeTimeout: connectTime,
 			ForceAttemptHTTP2:   true,
 		},
-		CheckRedirect: func(_ *http.Request, via []*http.Request) error {
+		CheckRedirect: func(q *http.Request, via []*http.Request) error {
 			if len(via) > maxRedirects {
 				return permanent{fmt.Errorf("more than %d redirects", maxRedirects)}
+			}
+			if q.URL.Scheme != "http" && q.URL.Scheme != "https" {
+				return errUnsupported
 			}
 			return nil
 		},
@@ -88,6 +90,9 @@ type permanent struct{ error }
 
 // Unwrap returns what the error is.
 func (p permanent) Unwrap() error { return p.error }
+
+// errUnsupported says that a URL is of no kind that can be fetched.
+var errUnsupported = permanent{errors.New("Unsupported protocol")}
 
 // A statusError is an answer that is none of a success.
 type statusError struct {
@@ -191,7 +196,7 @@ func (t *transfer) once(ctx context.Context) error {
 		}
 	case "http":
 	default:
-		return permanent{errors.New("Unsupported protocol")}
+		return errUnsupported
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -232,8 +237,11 @@ func (t *transfer) receive(r *http.Response, progress func()) error {
 	if t.taken > 0 && !strings.HasPrefix(r.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-", t.taken)) {
 		return permanent{errors.New("HTTP server doesn't seem to support byte ranges. Cannot resume.")}
 	}
-	t.ranges = strings.EqualFold(r.Header.Get("Accept-Ranges"), "bytes") && !r.Uncompressed &&
-		cmp.Or(r.Header.Get("Content-Encoding"), "identity") == "identity"
+	// What was asked for as gzip is unpacked already, and says nothing here.
+	if c := r.Header.Get("Content-Encoding"); c != "" && !strings.EqualFold(c, "identity") {
+		return permanent{fmt.Errorf("the server sends it packed by '%s', which was not asked for", c)}
+	}
+	t.ranges = strings.EqualFold(r.Header.Get("Accept-Ranges"), "bytes") && !r.Uncompressed
 	buf := make([]byte, 256<<10)
 	for {
 		n, err := r.Body.Read(buf)

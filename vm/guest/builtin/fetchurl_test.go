@@ -2,6 +2,7 @@ package builtin
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -136,9 +137,37 @@ func TestFetchFile(t *testing.T) {
 	// What a server says does not lead to files.
 	s = newSite(t, false, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "file://"+file, http.StatusFound) })
 	made, log = s.fetch("url", "SITE/x")
-	if made != nil || !strings.Contains(log, "unsupported protocol scheme") {
-		t.Errorf("made %q: %s", made, log)
+	if want := failure("unable to download '<SITE/x>': Unsupported protocol"); made != nil || log != want {
+		t.Errorf("made %q: %q, not\n%q", made, log, want)
 	}
+	s.wantRequests("GET /x")
+}
+
+// Some servers pack what they have by whatever they like. Nix's curl unpacks some
+// of that; to take it as the file would be to make another one.
+func TestFetchPacked(t *testing.T) {
+	s := newSite(t, false, func(w http.ResponseWriter, r *http.Request) {
+		coding := r.URL.Path[1:]
+		w.Header().Set("Content-Encoding", coding)
+		if coding != "gzip" {
+			fmt.Fprint(w, "text")
+			return
+		}
+		z := gzip.NewWriter(w)
+		fmt.Fprint(z, "text")
+		z.Close()
+	})
+	for _, coding := range []string{"gzip", "identity"} {
+		made, log := s.fetch("url", "SITE/"+coding)
+		if diff := cmp.Diff([]string{"out text"}, made); diff != "" || log != "" {
+			t.Errorf("%s: %s\n%q", coding, diff, log)
+		}
+	}
+	made, log := s.fetch("url", "SITE/br")
+	if want := failure("unable to download '<SITE/br>': the server sends it packed by 'br', which was not asked for"); made != nil || log != want {
+		t.Errorf("made %q: %q, not\n%q", made, log, want)
+	}
+	s.wantRequests("GET /gzip", "GET /identity", "GET /br")
 }
 
 func TestFetchRefusals(t *testing.T) {
