@@ -10,9 +10,11 @@ import (
 	"hash/crc32"
 	"io/fs"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -290,6 +292,9 @@ func TestUnpackBytes(t *testing.T) {
 		{"truncated tar", whole[:3000], "failed to extract archive (<Truncated tar archive detected while reading data>)"},
 		{"zstd behind a frame to be skipped", append([]byte("\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"), packed(func(b *bytes.Buffer) closer { return must(zstd.NewWriter(b)) }, whole)...), ""},
 		{"lz4", []byte("\x04\x22\x4d\x18 and so on"), "failed to open archive: <lz4 decompression failed: this compression is not known to this server>"},
+		{"lzip", []byte("LZIP\x01 and so on"), "failed to open archive: <lzip decompression failed: this compression is not known to this server>"},
+		{"lzop", []byte("\x89LZO\x00 and so on"), "failed to open archive: <lzop decompression failed: this compression is not known to this server>"},
+		{"compress", []byte("\x1f\x9d\x90 and so on"), "failed to open archive: <compress (.Z) decompression failed: this compression is not known to this server>"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			made, log := unpack(t, tt.data)
@@ -427,6 +432,7 @@ func FuzzUnpackTar(f *testing.F) {
 				t.Fatal(err)
 			}
 		}
+		boundFiles(t, 1<<20)
 		Run(t.Context(), orderOf("unpack-channel", out, "src", src, "channelName", "chan"), new(strings.Builder))
 		if text, err := os.ReadFile(victim); err != nil || string(text) != "unharmed" {
 			t.Fatalf("%q, %v", text, err)
@@ -434,6 +440,25 @@ func FuzzUnpackTar(f *testing.F) {
 		entries, err := os.ReadDir(top)
 		if err != nil || len(entries) > 3 {
 			t.Fatalf("%v, %v", entries, err)
+		}
+	})
+}
+
+// boundFiles bounds the size of files for the rest of a test: some bytes of an
+// archive can say that a file is endless.
+func boundFiles(t *testing.T, size uint64) {
+	t.Helper()
+	var before syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_FSIZE, &before); err != nil {
+		t.Fatal(err)
+	}
+	signal.Ignore(syscall.SIGXFSZ) // then it is the write that fails
+	if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &syscall.Rlimit{Cur: size, Max: before.Max}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &before); err != nil {
+			t.Error(err)
 		}
 	})
 }

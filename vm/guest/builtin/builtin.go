@@ -16,12 +16,7 @@
 // last line of the log. They read derivations' attributes as they are, so that
 // structured attributes are not seen, as in Nix.
 //
-// What Nix's can do and these cannot: archives that are packed by lz4, lzip, lzop,
-// compress (.Z), or xz with filters before LZMA2; zip archives behind a program,
-// or with other methods than deflate and bzip2; URLs that only curl knows (ftp,
-// s3); mirrors by hash, proxies and passwords of the server, which are the
-// owner's. A certificate that is not trusted is not tried again, and connecting
-// may take a minute.
+// What Nix's can do and these cannot is in vm/SANDBOX.md.
 package builtin
 
 import (
