@@ -110,10 +110,27 @@ func (e *ioErrors) seen() (bool, error) {
 	}
 }
 
-// isIOError reports whether a kernel message tells of a disk that could not be
-// read or written, or of a damaged file system.
+// ioMessages are how kernel messages begin and what they say of a disk that could
+// not be read or written, or of a damaged file system. Some messages begin with
+// 15 bytes of a builder's choice, the name of a process, and others quote it.
+var ioMessages = []struct{ begin, say string }{
+	{"I/O error, dev vd", ""},
+	{"blk_update_request: I/O error, dev vd", ""}, // of older kernels
+	{"Buffer I/O error on dev vd", ""},
+	{"EXT4-fs error (device vd", ""},
+	{"EXT4-fs warning (device vd", "I/O error"},
+	{"EXT4-fs (vd", "I/O error"},
+	{"erofs: (device vd", "corrupted"},
+	{"erofs (device vd", "corrupted"}, // of newer kernels
+}
+
+// isIOError reports whether a kernel message is one of those.
 func isIOError(msg string) bool {
 	_, text, _ := strings.Cut(msg, ";")
-	return strings.Contains(text, "I/O error") || strings.Contains(text, "EXT4-fs error") ||
-		strings.Contains(text, "erofs: ") && strings.Contains(text, "corrupted")
+	for _, m := range ioMessages {
+		if strings.HasPrefix(text, m.begin) && strings.Contains(text, m.say) {
+			return true
+		}
+	}
+	return false
 }

@@ -199,8 +199,15 @@ func TestIsIOError(t *testing.T) {
 		"3,513,4243,-;Buffer I/O error on dev vdb, logical block 1, async page read\n":                    true,
 		"2,514,4244,-;EXT4-fs error (device vdb): ext4_lookup:1855: inode #2: comm sh: deleted inode\n":   true,
 		"3,515,4245,-;erofs: (device vda): erofs_readdir: corrupted dirent\n":                             true,
-		"6,516,4246,-;EXT4-fs (vdb): mounted filesystem without journal. Quota mode: none.\n":             false,
-		"6,517,4247,-;erofs: (device vda): mounted with root inode @ nid 36.\n":                           false,
+		"3,515,4245,-;erofs (device vda): erofs_readdir: corrupted dirent\n":                              true,
+		"4,515,4245,-;EXT4-fs warning (device vdb): ext4_end_bio:343: I/O error 10 writing to inode 12\n": true,
+		"3,515,4245,-;blk_update_request: I/O error, dev vda, sector 8 op 0x0:(READ) flags 0x80700\n":     true,
+		// What a builder can have the kernel say.
+		"6,518,4248,-;I/O error, dev [77]: segfault at 0 ip 0000000000401000 sp 00007ffc error 6 in a[1]\n": false,
+		"6,519,4249,-;EXT4-fs error ([77]: segfault at 0 ip 0000000000401000 sp 00007ffc error 6 in a[1]\n": false,
+		"3,520,4250,-;tmpfs: Unknown parameter 'I/O error, dev vda'\n":                                      false,
+		"6,516,4246,-;EXT4-fs (vdb): mounted filesystem without journal. Quota mode: none.\n":               false,
+		"6,517,4247,-;erofs: (device vda): mounted with root inode @ nid 36.\n":                             false,
 	} {
 		if got := isIOError(msg); got != want {
 			t.Errorf("%q: %v", msg, got)
