@@ -32,6 +32,7 @@ type lab struct {
 	inputs  string // directory of store objects
 	order   *link.BuildOrder
 	st      *stage
+	started func() // called when the builder runs; may be nil
 }
 
 // newLab returns a lab whose only input is busybox, with its programs' links.
@@ -106,7 +107,13 @@ func (l *lab) runOrder(ctx context.Context) (*link.Result, string) {
 	var log bytes.Buffer
 	started := 0
 	r := &link.Result{}
-	err = newTestSandbox(l.t).run(ctx, st, l.order, &log, func() error { started++; return nil }, r)
+	err = newTestSandbox(l.t).run(ctx, st, l.order, &log, func() error {
+		started++
+		if l.started != nil {
+			l.started()
+		}
+		return nil
+	}, r)
 	if err != nil {
 		l.t.Fatalf("%v\nlog: %s", err, log.String())
 	}
@@ -147,7 +154,7 @@ func wantExit(t *testing.T, r *link.Result, status int, log string) {
 }
 
 // TestSandboxLooksLikeNix compares what a builder sees with what it saw in a
-// sandbox of Nix; testdata/guest/README.md tells how that was recorded.
+// sandbox of Nix; testdata/README.md tells how that was recorded.
 func TestSandboxLooksLikeNix(t *testing.T) {
 	script, err := os.ReadFile("testdata/sandbox.sh")
 	if err != nil {
@@ -295,7 +302,7 @@ func TestPersonality(t *testing.T) {
 func TestCancel(t *testing.T) {
 	l := newLab(t)
 	ctx, cancel := context.WithCancel(context.Background())
-	time.AfterFunc(300*time.Millisecond, cancel)
+	l.started = cancel
 	l.order.Args = [][]byte{[]byte("busybox"), []byte("sleep"), []byte("50")}
 	r, _ := l.runOrder(ctx)
 	if r.Kind != link.Signaled || r.Signal != 9 {
