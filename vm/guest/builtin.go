@@ -45,6 +45,7 @@ func becomeBuiltin(o *builtin.Order) error {
 		return fmt.Errorf("make file for builtin builder: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), "order")
+	defer f.Close() // if it fails
 	if _, err := f.Write(text); err != nil {
 		return fmt.Errorf("write order of builtin builder: %w", err)
 	}

@@ -120,13 +120,18 @@ func (s *sandbox) run(ctx context.Context, st *stage, order *link.BuildOrder, lo
 	if err := errors.Join(err, logErr, s.end()); err != nil {
 		return err
 	}
-	ws := s.cmd.ProcessState.Sys().(syscall.WaitStatus)
+	fillEnd(r, s.cmd.ProcessState)
+	return nil
+}
+
+// fillEnd fills in how the builder ended.
+func fillEnd(r *link.Result, state *os.ProcessState) {
+	ws := state.Sys().(syscall.WaitStatus)
 	if ws.Signaled() {
 		r.Kind, r.Signal = link.Signaled, int(ws.Signal())
 	} else {
 		r.Kind, r.ExitStatus = link.Exited, ws.ExitStatus()
 	}
-	return nil
 }
 
 // maxStatus bounds what the first process says of its failure.

@@ -1,7 +1,6 @@
 package guest
 
 import (
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -116,7 +115,7 @@ func (s *stage) makeTree() error {
 func (s *stage) makeDevices(kvm bool) error {
 	names := devices
 	if kvm {
-		if _, err := os.Stat("/dev/kvm"); err != nil {
+		if _, err := os.Stat(kvmDevice); err != nil {
 			return fmt.Errorf("the build wants a device that the guest lacks: %w", err)
 		}
 		names = append(names[:len(names):len(names)], "kvm")
@@ -230,7 +229,7 @@ type diskUse struct {
 func useOfDisk(dir string) (u diskUse, err error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
-		return u, errors.Join(errors.New("look at scratch disk"), err)
+		return u, fmt.Errorf("look at scratch disk: %w", err)
 	}
 	const required = 8 << 20
 	u.used, u.free = int64(st.Blocks-st.Bfree)*st.Bsize, int64(st.Bavail)*st.Bsize

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"os/exec"
-	"syscall"
 
 	"nbd/vm/link"
 )
@@ -29,12 +28,7 @@ func runUnconfined(ctx context.Context, order *link.BuildOrder, log io.Writer, s
 		return err
 	}
 	r.LogBytes = counted.n
-	ws := cmd.ProcessState.Sys().(syscall.WaitStatus)
-	if ws.Signaled() {
-		r.Kind, r.Signal = link.Signaled, int(ws.Signal())
-	} else {
-		r.Kind, r.ExitStatus = link.Exited, ws.ExitStatus()
-	}
+	fillEnd(r, cmd.ProcessState)
 	return nil
 }
 

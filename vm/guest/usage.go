@@ -47,7 +47,7 @@ func startSampler(group *cgroup, disk func() (diskUse, error), latest *atomic.Po
 
 func (s *sampler) run() {
 	defer close(s.done)
-	for s.err == nil {
+	for {
 		var free int64
 		if free, s.err = s.look(); s.err != nil {
 			return
