@@ -34,21 +34,19 @@ func fileSystems() {
 			os.Remove(b)
 		}
 	}
-	if filepath.Dir(os.Args[0]) != "" {
-		input := os.Args[0]
-		try("link input into the store", os.Link(input, store+"/input"))
-		try("link input into /build", os.Link(input, "/build/input"))
-		try("write to input", openToWrite(input))
-		try("write beside input", openToWrite(filepath.Dir(input)+"/new"))
-		try("remove input", os.Remove(input))
-		try("rename input", unix.Rename(filepath.Dir(input), store+"/x"))
-		try("change mode of input", unix.Chmod(input, 0o777))
-		try("touch input", unix.Utimes(input, make([]unix.Timeval, 2)))
-		var st unix.Statfs_t
-		try("statfs of input", unix.Statfs(input, &st))
-		put("input is read-only", "%v", st.Flags&unix.MS_RDONLY != 0)
-	}
-	try("remove "+"store", os.RemoveAll(store))
+	input := os.Args[0]
+	try("link input into the store", os.Link(input, store+"/input"))
+	try("link input into /build", os.Link(input, "/build/input"))
+	try("write to input", openToWrite(input))
+	try("write beside input", openToWrite(filepath.Dir(input)+"/new"))
+	try("remove input", os.Remove(input))
+	try("rename input", unix.Rename(filepath.Dir(input), store+"/x"))
+	try("change mode of input", unix.Chmod(input, 0o777))
+	try("touch input", unix.Utimes(input, make([]unix.Timeval, 2)))
+	var st unix.Statfs_t
+	try("statfs of input", unix.Statfs(input, &st))
+	put("input is read-only", "%v", st.Flags&unix.MS_RDONLY != 0)
+	try("remove store", os.RemoveAll(store))
 	for _, dir := range []string{"/", "/bin", "/dev", "/etc", "/nix", "/proc", "/dev/pts"} {
 		try("create in "+dir, openToWrite(filepath.Join(dir, "world")))
 	}

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -72,7 +71,7 @@ func process() {
 		}
 		put("prctl "+p.name, "%d %s", v, outcome(errnoOf(0, 0, errno)))
 	}
-	// What is known of the shell that was here first, see world.txtar.
+	// What is known of the shell that was here first, see testdata/nix/world.nix.
 	for line := range strings.SplitSeq(text("/build/status"), "\n") {
 		name, value, _ := strings.Cut(line, ":")
 		if !slices.ContainsFunc(changing, func(prefix string) bool { return strings.HasPrefix(name, prefix) }) {
@@ -120,8 +119,6 @@ func children() {
 	orphan := exec.Command(self, "orphan")
 	out, err := orphan.Output()
 	put("orphan's parent", "%s %s", out, outcome(err))
-	// The first process has no default actions.
-	signal.Reset()
 	try("signal to self", unix.Kill(os.Getpid(), 0))
 	try("sysv shared memory", sharedMemory())
 	for _, flag := range []struct {
