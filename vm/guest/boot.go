@@ -55,8 +55,6 @@ func boot() (runsGuests bool, err error) {
 	}
 	for _, m := range []mount{
 		{"/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "mode=0620,ptmxmode=0666"},
-		// Its presence is what tells the sandbox to have one.
-		{"/dev/shm", "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=1777"},
 		{cgroupRoot, "cgroup2", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
 	} {
 		if err := mountAt(m); err != nil {
