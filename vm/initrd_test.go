@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -36,6 +38,31 @@ func TestWriteInitrd(t *testing.T) {
 	want := map[string]string{"init": "the program", "busybox": "sh", "modules/000-virtio.ko": "v", "modules/001-erofs.ko": "ero", "modules.kvm/000-kvm.ko": "k"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
+	}
+}
+
+// Guests that run guests have the folder that tells them so, whether KVM is a
+// module or a part of their kernel.
+func TestNestedInitrd(t *testing.T) {
+	for _, kvm := range []map[string][]byte{
+		{"kvm.ko": koFile(), "kvm-intel.ko": koFile("depends=kvm")},
+		{"erofs.ko": koFile()},
+	} {
+		dir := t.TempDir()
+		writeFiles(t, dir, kvm)
+		writeFiles(t, dir, map[string][]byte{"shell": []byte("sh")})
+		b := new(bootFiles)
+		of := &base{arch: archX8664, kernel: Kernel{Modules: dir}, shell: filepath.Join(dir, "shell")}
+		if err := b.addNested(t.TempDir(), of, of.shell); err != nil {
+			t.Fatal(err)
+		}
+		text := contents(t, b.nested)
+		if !bytes.Contains(text, []byte("modules.kvm\x00")) || bytes.Contains(text, []byte("kvm_intel")) != (kvm["kvm.ko"] != nil) {
+			t.Errorf("with %v: %q", slices.Collect(maps.Keys(kvm)), text)
+		}
+		if err := b.close(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

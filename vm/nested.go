@@ -136,15 +136,18 @@ func (b *bootFiles) addNested(dir string, of *base, init string) error {
 	if err != nil {
 		return err
 	}
-	nested, err := loadModules(of.kernel.Modules, of.arch.kvmModules)
+	all, err := loadModules(of.kernel.Modules, of.arch.kvmModules)
 	if err != nil {
 		return err
 	}
 	// A kernel may have KVM built in; the folder for its modules is there all the
 	// same, and tells the agent what the guest is for.
-	nested = slices.DeleteFunc(nested, func(m module) bool {
-		return slices.ContainsFunc(modules, func(other module) bool { return other.name == m.name })
-	})
+	nested := []module{}
+	for _, m := range all {
+		if !slices.ContainsFunc(modules, func(other module) bool { return other.name == m.name }) {
+			nested = append(nested, m)
+		}
+	}
 	b.nested, b.nestedHash, err = namelessFile(dir, func(w io.Writer) error {
 		return writeInitrd(w, init, of.shell, modules, nested)
 	})
