@@ -36,8 +36,8 @@ const buildDir = "/build"
 func maxProcesses(cores int) int { return min(2048+2048*cores, 28<<10) }
 
 // maxOrder bounds the bytes of arguments, environment and files together: in
-// base64 they fit into one frame.
-const maxOrder = 46 << 20
+// base64 they fit into one frame, with certificates and the names of the inputs.
+const maxOrder = 40 << 20
 
 // A derivationLookup returns the derivation at a path of the inputs.
 type derivationLookup func(nixproto.StorePath) (*nixproto.Derivation, error)

@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"nbd/nixproto"
+	"nbd/vm/link"
 )
 
 const builderDir = "testdata/builder"
@@ -255,6 +256,24 @@ func TestOrderForBuiltin(t *testing.T) {
 	spec.Drv.Env["__noChroot"] = "1"
 	if _, err := orderBuild(spec, noDerivations); err == nil {
 		t.Error("it may leave the sandbox")
+	}
+}
+
+// The largest order that is taken fits into a frame, with what comes to it: names
+// of inputs, and certificates.
+func TestLargestOrder(t *testing.T) {
+	spec := plainSpec(map[string]string{"large": ""})
+	spec.Drv.Env["large"] = strings.Repeat("x", maxOrder-1<<20)
+	for range 50_000 {
+		spec.Inputs = append(spec.Inputs, nixproto.PathInfo{Path: testPath(strings.Repeat("n", 40))})
+	}
+	order, err := orderBuild(spec, noDerivations)
+	if err != nil {
+		t.Fatal(err)
+	}
+	order.Network = &link.Network{Certificates: make([]byte, maxCertificates)}
+	if err := link.Host(new(bytes.Buffer)).Send(order); err != nil {
+		t.Error(err)
 	}
 }
 
