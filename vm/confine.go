@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -64,15 +65,20 @@ func (c *confinement) try(path string, uid int) error {
 	if err != nil {
 		return err
 	}
-	<-p.done
+	select {
+	case <-p.done:
+	case <-time.After(patience("", bootPatience)):
+		return errors.Join(errors.New("QEMU did not tell its version in time"), p.stop())
+	}
 	if p.err != nil {
 		return fmt.Errorf("QEMU does not start: %s%s", p.exit(), out.summary())
 	}
 	return nil
 }
 
-// programFiles returns what a program of a distribution consists of: itself, its
-// libraries and its data, wherever it is installed.
+// programFiles returns what a QEMU consists of: what a distribution has in common
+// folders, or, where it is installed elsewhere, what lies beside it, its libraries
+// and its data. The folder above those may be somebody's home.
 func programFiles(path string) []string {
 	all := []string{"/usr", "/lib", "/lib64", "/nix/store", "/gnu/store", "/etc/ld.so.cache", "/etc/ld.so.preload",
 		"/proc/filesystems", "/sys/devices/system", "/dev/null", "/dev/urandom"}
@@ -80,10 +86,9 @@ func programFiles(path string) []string {
 		path = real
 	}
 	if !strings.HasPrefix(path, "/usr/") && !strings.HasPrefix(path, "/nix/store/") {
-		all = append(all, filepath.Dir(path))
-		if prefix := filepath.Dir(filepath.Dir(path)); prefix != "/" {
-			all = append(all, prefix)
-		}
+		dir := filepath.Dir(path)
+		prefix := filepath.Dir(dir)
+		all = append(all, dir, filepath.Join(prefix, "lib"), filepath.Join(prefix, "lib64"), filepath.Join(prefix, "share/qemu"))
 	}
 	return all
 }

@@ -105,6 +105,33 @@ sleep 1000
 	}
 }
 
+// Wherever QEMU is installed, what it may read is not the whole folder above, which
+// may be somebody's home.
+func TestProgramFiles(t *testing.T) {
+	usual := len(programFiles("/usr/bin/qemu"))
+	for program, want := range map[string][]string{
+		"/nix/store/x/bin/qemu": {},
+		"/home/alice/bin/qemu":  {"/home/alice/bin", "/home/alice/lib", "/home/alice/lib64", "/home/alice/share/qemu"},
+	} {
+		if got := programFiles(program)[usual:]; !slices.Equal(got, want) {
+			t.Errorf("%s: %q, want %q", program, got, want)
+		}
+	}
+}
+
+// A QEMU that does not answer delays the start of a server, and no more.
+func TestConfinementOfAProgramThatHangs(t *testing.T) {
+	hasten(t, 100)
+	program := filepath.Join(t.TempDir(), "qemu")
+	if err := os.WriteFile(program, []byte("#!/bin/sh\nexec sleep 1000\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	c, weak := newConfinement(program, -1)
+	if c.network || c.landlock != 0 {
+		t.Errorf("%+v, weaknesses: %q", c, weak)
+	}
+}
+
 // checkConfined checks what the kernel tells of a confined process.
 func checkConfined(t *testing.T, pid int, c *confinement) {
 	t.Helper()
