@@ -45,7 +45,7 @@ func TestTemplateOfAArch64(t *testing.T) {
 			t.Fatal(err)
 		}
 		if i == 0 {
-			m, err := p.machineFor(spec.Cores, spec.MemoryMiB)
+			m, err := p.machineFor(spec)
 			if err != nil {
 				t.Fatal(err)
 			}

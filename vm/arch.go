@@ -23,7 +23,10 @@ type arch struct {
 	cpuKVM, cpuTCG string
 	// parameters are for the kernel of an emulated guest.
 	parameters []string
-	// devices are those that others do not have.
+	// devices are those that others do not have. Emulated guests do without: they
+	// are a second way to tell clones apart, and when a clone begins its kernel
+	// would interpret the firmware's code about them for longer than all of the
+	// first way takes.
 	devices []string
 	// kvmModules are what a guest needs to run guests, the ones that this
 	// processor has no use for included.

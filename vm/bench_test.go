@@ -14,7 +14,7 @@ func benchmarkStart(b *testing.B, start func(context.Context, *Runner, *platform
 	if err != nil {
 		b.Fatal(err)
 	}
-	m, err := p.machineFor(2, 2048)
+	m, err := p.machineFor(&Spec{Cores: 2, MemoryMiB: 2048})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -63,7 +63,7 @@ func BenchmarkCopyTemplate(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	m, err := p.machineFor(2, 2048)
+	m, err := p.machineFor(&Spec{Cores: 2, MemoryMiB: 2048})
 	if err != nil {
 		b.Fatal(err)
 	}

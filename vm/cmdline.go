@@ -28,13 +28,15 @@ const (
 // tbSizeMiB caps the translation cache of TCG, whose default is a gibibyte.
 const tbSizeMiB = 128
 
-// A machine is the hardware that a guest sees, which is all of its command line
-// but what it is started for. Equal machines share a template.
+// A machine is the hardware that a guest sees: its scratch disk, and all of its
+// command line but what it is started for. Equal machines share a template.
 type machine struct {
 	arch      *arch
 	accel     string // "kvm" or "tcg"
 	vcpus     int
 	memoryMiB int
+	// scratchGiB is the size of the scratch disk, which has a file system already.
+	scratchGiB int
 	// tscKHz is the true frequency of the host's time stamp counter; zero means
 	// that it is not known to 0.1 % and the guest shall measure it.
 	tscKHz int
@@ -97,8 +99,10 @@ func arguments(m machine, how mode) []string {
 		"-blockdev", socketDisk(link.OutputSerial, fdSink)+",read-only=off", "-device", blockDevice(link.OutputSerial),
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 	)
-	for _, d := range m.arch.devices {
-		args = append(args, "-device", d)
+	if m.accel == "kvm" {
+		for _, d := range m.arch.devices {
+			args = append(args, "-device", d)
+		}
 	}
 	if how == modeClone {
 		args = append(args, "-incoming", "defer")

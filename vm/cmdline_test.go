@@ -98,18 +98,19 @@ func TestCloneMatchesTemplate(t *testing.T) {
 func TestMachineFor(t *testing.T) {
 	p := &platform{arch: archX8664, accel: "tcg", tscKHz: 2000000}
 	for _, tt := range []struct {
-		cores, memory int
-		want          machine
-		err           string
+		cores, memory, scratch int
+		want                   machine
+		err                    string
 	}{
-		{cores: 1, memory: 512, want: machine{arch: archX8664, accel: "tcg", vcpus: 1, memoryMiB: 2560, tscKHz: 2000000}},
-		{cores: 2, memory: 2048, want: machine{arch: archX8664, accel: "tcg", vcpus: 2, memoryMiB: 2560, tscKHz: 2000000}},
-		{cores: 3, memory: 4096, want: machine{arch: archX8664, accel: "tcg", vcpus: 4, memoryMiB: 4608, tscKHz: 2000000}},
-		{cores: 128, memory: 100000, want: machine{arch: archX8664, accel: "tcg", vcpus: 128, memoryMiB: 131584, tscKHz: 2000000}},
+		{cores: 1, memory: 512, want: machine{arch: archX8664, accel: "tcg", vcpus: 1, memoryMiB: 2560, scratchGiB: 64, tscKHz: 2000000}},
+		{cores: 2, memory: 2048, scratch: 3000, want: machine{arch: archX8664, accel: "tcg", vcpus: 2, memoryMiB: 2560, scratchGiB: 4, tscKHz: 2000000}},
+		{cores: 3, memory: 4096, want: machine{arch: archX8664, accel: "tcg", vcpus: 4, memoryMiB: 4608, scratchGiB: 64, tscKHz: 2000000}},
+		{cores: 128, memory: 100000, want: machine{arch: archX8664, accel: "tcg", vcpus: 128, memoryMiB: 131584, scratchGiB: 64, tscKHz: 2000000}},
 		{cores: 129, memory: 512, err: "at most 128 processors"},
 		{cores: 1, memory: 1 << 20, err: "at most 131392 MiB"},
+		{cores: 1, memory: 512, scratch: MaxScratchMiB + 1, err: "scratch disk"},
 	} {
-		got, err := p.machineFor(tt.cores, tt.memory)
+		got, err := p.machineFor(&Spec{Cores: tt.cores, MemoryMiB: tt.memory, ScratchMiB: tt.scratch})
 		var bad *SpecError
 		switch {
 		case tt.err != "":
@@ -126,7 +127,7 @@ func TestMachineFor(t *testing.T) {
 func TestMachineOnDemand(t *testing.T) {
 	p := &platform{arch: archX8664, accel: "kvm", onDemand: true}
 	for cores, want := range map[int]int{1: 8, 2: 8, 8: 8, 9: 32, 128: 128} {
-		m, err := p.machineFor(cores, 2048)
+		m, err := p.machineFor(&Spec{Cores: cores, MemoryMiB: 2048})
 		if err != nil || m.vcpus != want || !m.onDemand {
 			t.Errorf("%d: %+v, %v", cores, m, err)
 		}

@@ -1,6 +1,9 @@
 package vm
 
-import "slices"
+import (
+	"cmp"
+	"slices"
+)
 
 // Memory that a guest has beside its build's, in MiB.
 const (
@@ -35,18 +38,21 @@ func MemoryCostMiB(memoryMiB int) int { return memoryMiB + reservedMiB + overhea
 
 // machineFor returns the smallest machine for a build. That there is none is a
 // *SpecError.
-func (p *platform) machineFor(cores, memoryMiB int) (machine, error) {
+func (p *platform) machineFor(s *Spec) (_ machine, err error) {
 	m := machine{arch: p.arch, accel: p.accel, tscKHz: p.tscKHz, onDemand: p.onDemand}
 	classes := emulatedClasses
 	if m.onDemand {
 		classes = vcpuClasses
 	}
 	var ok bool
-	if m.vcpus, ok = atLeast(classes, cores); !ok {
-		return m, specErrorf("a guest has at most %d processors, not %d", slices.Max(classes), cores)
+	if m.vcpus, ok = atLeast(classes, s.Cores); !ok {
+		return m, specErrorf("a guest has at most %d processors, not %d", slices.Max(classes), s.Cores)
 	}
-	if m.memoryMiB, ok = atLeast(memoryClasses, memoryMiB+reservedMiB); !ok {
-		return m, specErrorf("a build has at most %d MiB of memory, not %d", slices.Max(memoryClasses)-reservedMiB, memoryMiB)
+	if m.memoryMiB, ok = atLeast(memoryClasses, s.MemoryMiB+reservedMiB); !ok {
+		return m, specErrorf("a build has at most %d MiB of memory, not %d", slices.Max(memoryClasses)-reservedMiB, s.MemoryMiB)
+	}
+	if m.scratchGiB, err = scratchGiB(cmp.Or(s.ScratchMiB, DefaultScratchMiB)); err != nil {
+		return m, specErrorf("%v", err)
 	}
 	return m, nil
 }

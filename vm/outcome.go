@@ -117,7 +117,7 @@ func (b *build) judge(res *link.Result) error {
 		return &BuildError{Kind: OutOfMemory, ExitStatus: res.ExitStatus, Signal: res.Signal, Message: b.outOfMemory()}
 	case res.DiskFull:
 		return &BuildError{Kind: NoSpace, ExitStatus: res.ExitStatus, Signal: res.Signal,
-			Message: fmt.Sprintf("no space left: the build's disk has %d MiB", b.disks.scratch)}
+			Message: fmt.Sprintf("no space left: the build's disk has %d MiB", b.g.machine.scratchGiB<<10)}
 	case res.ProcessLimit > 0:
 		return &BuildError{Kind: ProcessLimit, ExitStatus: res.ExitStatus, Signal: res.Signal,
 			Message: fmt.Sprintf("too many processes: the build is allowed %d", b.order.MaxProcesses)}

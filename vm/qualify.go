@@ -310,7 +310,7 @@ func (p *platform) pairKey(accel string) (string, error) {
 
 // bootOnce boots a small guest until its agent answers.
 func (r *Runner) bootOnce(ctx context.Context, p *platform, m machine) (err error) {
-	m.vcpus, m.memoryMiB = 2, 1024
+	m.vcpus, m.memoryMiB, m.scratchGiB = 2, 1024, 1
 	if m.accel == "kvm" {
 		var stop context.CancelFunc
 		ctx, stop = context.WithTimeoutCause(ctx, kvmDeadline,

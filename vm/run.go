@@ -99,18 +99,14 @@ type build struct {
 // start makes the disks and starts the guest. Inputs are laid out while the
 // guest wakes.
 func (b *build) start(ctx context.Context, outs Outputs) error {
-	m, err := b.p.machineFor(b.spec.Cores, b.spec.MemoryMiB)
+	m, err := b.p.machineFor(b.spec)
 	if err != nil {
 		return err
 	}
 	if m.kvm = b.order.KVM; m.kvm && !b.p.canNest() {
 		return specErrorf("derivation '%s' requires the system feature 'kvm', which the guests of this server do not have", b.spec.DrvPath)
 	}
-	scratch := b.spec.ScratchMiB
-	if scratch == 0 {
-		scratch = DefaultScratchMiB
-	}
-	b.disks = guestDisks{inputs: NewDisk(), scratch: scratch, network: b.spec.Network, sink: NewSink(SinkConfig{
+	b.disks = guestDisks{inputs: NewDisk(), network: b.spec.Network, sink: NewSink(SinkConfig{
 		Outputs: len(b.spec.Outputs),
 		Limit:   b.r.cfg.MaxOutput,
 		Create:  func(i int) (OutputWriter, error) { return b.createOutput(ctx, outs, i) },
@@ -393,7 +389,7 @@ func (b *build) account(u *link.Usage) {
 	most := time.Since(b.result.Booted) * time.Duration(b.spec.Cores)
 	b.result.CPUUser, b.result.CPUSystem = min(max(u.CPUUser, 0), most), min(max(u.CPUSystem, 0), most)
 	b.result.PeakMemory = min(max(u.PeakMemory, b.result.PeakMemory), int64(b.spec.MemoryMiB)<<20)
-	b.result.PeakScratch = min(max(u.PeakScratch, b.result.PeakScratch), int64(max(2*b.disks.scratch, 1024))<<20) // the disk is larger than was asked for
+	b.result.PeakScratch = min(max(u.PeakScratch, b.result.PeakScratch), int64(b.g.machine.scratchGiB)<<30)
 }
 
 // waitForLog waits until the pump has copied as much as the guest has written.

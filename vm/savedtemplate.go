@@ -26,28 +26,61 @@ import (
 //
 // The file is savedMagic; the length of the header, a 32-bit number with its
 // lowest byte first; the header, a savedHeader in JSON; QEMU's state; the parts
-// of memory; and the SHA-256 of everything before it. Its name is the template's
+// of memory and those of the scratch disk; and the SHA-256 of everything before it. Its name is the template's
 // id, and the time of its last change that of when it was last read.
 
 // templatesDir is where in the state directory they lie.
 const templatesDir = "templates"
 
 const (
-	savedMagic = "nbd template 1\n"
+	savedMagic = "nbd template 2\n"
 	savedNew   = ".new-" // begins the name of one that is being written
 	// Bounds of what is believed of a file.
 	maxSavedHeader = 8 << 20
 	maxSavedState  = 256 << 20
+	maxSavedDisk   = 256 << 20
 )
 
 // A savedHeader says what a file holds.
 type savedHeader struct {
-	ID               string
-	Arch             string
-	VCPUs, MemoryMiB int
-	KVM, OnDemand    bool
-	State            int64      // bytes
-	Parts            [][2]int64 // of the memory: offset and length of each, rising
+	ID                           string
+	Arch                         string
+	VCPUs, MemoryMiB, ScratchGiB int
+	KVM, OnDemand                bool
+	State                        int64 // bytes
+	Memory, Disk                 parts
+}
+
+// parts are the offset and the length of what is not empty of a file, rising.
+type parts [][2]int64
+
+// partsOf returns those of the first size bytes of a file.
+func partsOf(f *os.File, size int64) (all parts, err error) {
+	err = eachData(f, size, func(off, n int64) error {
+		all = append(all, [2]int64{off, n})
+		return nil
+	})
+	return all, err
+}
+
+// fit reports whether they can be those of a file of so many bytes.
+func (all parts) fit(size int64) bool {
+	end := int64(0)
+	for _, p := range all {
+		if p[0] < end || p[1] < 1 || p[0] > size || p[1] > size-p[0] {
+			return false
+		}
+		end = p[0] + p[1]
+	}
+	return true
+}
+
+// sum returns how many bytes they have.
+func (all parts) sum() (n int64) {
+	for _, p := range all {
+		n += p[1]
+	}
+	return n
 }
 
 // errNotSaved says that a file is not what it should be.
@@ -55,25 +88,17 @@ var errNotSaved = errors.New("damaged")
 
 // size returns how long a file with the header is, whose JSON has so many bytes.
 func (h *savedHeader) size(header int) int64 {
-	size := int64(len(savedMagic)+4+header) + h.State + sha256.Size
-	for _, p := range h.Parts {
-		size += p[1]
-	}
-	return size
+	return int64(len(savedMagic)+4+header) + h.State + h.Memory.sum() + h.Disk.sum() + sha256.Size
 }
 
 // check refuses what no file of ours says.
 func (h *savedHeader) check() error {
-	memory := int64(h.MemoryMiB) << 20
-	if h.MemoryMiB < 1 || h.MemoryMiB > slices.Max(memoryClasses) || h.VCPUs < 1 || h.State < 1 || h.State > maxSavedState {
+	if h.MemoryMiB < 1 || h.MemoryMiB > slices.Max(memoryClasses) || h.ScratchGiB < 1 || h.ScratchGiB > MaxScratchMiB>>10 ||
+		h.VCPUs < 1 || h.State < 1 || h.State > maxSavedState {
 		return fmt.Errorf("%w: its sizes cannot be", errNotSaved)
 	}
-	end := int64(0)
-	for _, p := range h.Parts {
-		if p[0] < end || p[1] < 1 || p[0] > memory || p[1] > memory-p[0] {
-			return fmt.Errorf("%w: its memory cannot be", errNotSaved)
-		}
-		end = p[0] + p[1]
+	if !h.Memory.fit(int64(h.MemoryMiB)<<20) || !h.Disk.fit(int64(h.ScratchGiB)<<30) || h.Disk.sum() > maxSavedDisk {
+		return fmt.Errorf("%w: its memory or its disk cannot be", errNotSaved)
 	}
 	return nil
 }
@@ -82,22 +107,21 @@ func (h *savedHeader) check() error {
 // the same sizes.
 func (h *savedHeader) machine(p *platform) machine {
 	return machine{arch: p.arch, accel: p.accel, tscKHz: p.tscKHz,
-		vcpus: h.VCPUs, memoryMiB: h.MemoryMiB, kvm: h.KVM, onDemand: h.OnDemand}
+		vcpus: h.VCPUs, memoryMiB: h.MemoryMiB, scratchGiB: h.ScratchGiB, kvm: h.KVM, onDemand: h.OnDemand}
 }
 
 // encodeTemplate writes a template as a file.
 func encodeTemplate(w io.Writer, id string, m machine, t *template) error {
-	h := savedHeader{ID: id, Arch: m.arch.name, VCPUs: m.vcpus, MemoryMiB: m.memoryMiB, KVM: m.kvm, OnDemand: m.onDemand}
+	h := savedHeader{ID: id, Arch: m.arch.name, VCPUs: m.vcpus, MemoryMiB: m.memoryMiB, ScratchGiB: m.scratchGiB, KVM: m.kvm, OnDemand: m.onDemand}
 	info, err := t.state.Stat()
 	if err != nil {
 		return err
 	}
 	h.State = info.Size()
-	err = eachData(t.ram, int64(m.memoryMiB)<<20, func(off, n int64) error {
-		h.Parts = append(h.Parts, [2]int64{off, n})
-		return nil
-	})
-	if err != nil {
+	if h.Memory, err = partsOf(t.ram, int64(m.memoryMiB)<<20); err != nil {
+		return err
+	}
+	if h.Disk, err = partsOf(t.disk, int64(m.scratchGiB)<<30); err != nil {
 		return err
 	}
 	text, err := json.Marshal(&h)
@@ -111,20 +135,30 @@ func encodeTemplate(w io.Writer, id string, m machine, t *template) error {
 		return err
 	}
 	buf := make([]byte, 1<<20)
-	from := func(f *os.File, off, n int64) error {
+	err = h.each(t, func(f *os.File, off, n int64) error {
 		_, err := io.CopyBuffer(to, io.NewSectionReader(f, off, n), buf)
 		return err
-	}
-	if err := from(t.state, 0, h.State); err != nil {
+	})
+	if err != nil {
 		return err
-	}
-	for _, p := range h.Parts {
-		if err := from(t.ram, p[0], p[1]); err != nil {
-			return err
-		}
 	}
 	_, err = w.Write(sum.Sum(nil))
 	return err
+}
+
+// each calls f for each part of a template's files, in the order of the file.
+func (h *savedHeader) each(t *template, f func(file *os.File, off, n int64) error) error {
+	for _, of := range []struct {
+		file *os.File
+		all  parts
+	}{{t.state, parts{{0, h.State}}}, {t.ram, h.Memory}, {t.disk, h.Disk}} {
+		for _, p := range of.all {
+			if err := f(of.file, p[0], p[1]); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // A savedReader reads a file and hashes what it reads.
@@ -179,33 +213,28 @@ func decodeTemplate(file io.Reader, size int64, id string) (_ *template, err err
 	if h.ID != id {
 		return nil, fmt.Errorf("%w: it is another one", errNotSaved)
 	}
-	t := &template{users: 1}
+	t, err := newTemplate(h.MemoryMiB)
+	if err != nil {
+		return nil, err
+	}
 	defer func() {
 		if err != nil {
 			t.release()
 		}
 	}()
-	if t.ram, err = memfd("nbd-template", int64(h.MemoryMiB)<<20); err != nil {
-		return nil, err
-	}
-	if t.state, err = memfd("nbd-template-state", 0); err != nil {
+	if err := t.disk.Truncate(int64(h.ScratchGiB) << 30); err != nil {
 		return nil, err
 	}
 	buf := make([]byte, 1<<20)
-	into := func(f *os.File, off, n int64) error {
+	err = h.each(t, func(f *os.File, off, n int64) error {
 		got, err := io.CopyBuffer(io.NewOffsetWriter(f, off), io.LimitReader(r, n), buf)
 		if err == nil && got < n {
 			err = fmt.Errorf("%w: %w", errNotSaved, io.ErrUnexpectedEOF)
 		}
 		return err
-	}
-	if err := into(t.state, 0, h.State); err != nil {
+	})
+	if err != nil {
 		return nil, err
-	}
-	for _, p := range h.Parts {
-		if err := into(t.ram, p[0], p[1]); err != nil {
-			return nil, err
-		}
 	}
 	want := make([]byte, sha256.Size)
 	if _, err := io.ReadFull(file, want); err != nil {
@@ -214,7 +243,7 @@ func decodeTemplate(file io.Reader, size int64, id string) (_ *template, err err
 	if !bytes.Equal(want, r.sum.Sum(nil)) {
 		return nil, fmt.Errorf("%w: its hash is another", errNotSaved)
 	}
-	return t, errors.Join(seal(t.ram), seal(t.state))
+	return t, t.seal()
 }
 
 // A templateStore is the folder of saved templates.

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -18,24 +19,22 @@ import (
 // filledTemplate returns a template with something in it.
 func filledTemplate(t testing.TB, m machine) *template {
 	t.Helper()
-	ram, err := memfd("ram", int64(m.memoryMiB)<<20)
+	made, err := newTemplate(m.memoryMiB)
 	if err != nil {
 		t.Fatal(err)
 	}
-	state, err := memfd("state", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	t.Cleanup(made.release)
 	for off, text := range map[int64]string{0: "start", 5 << 20: strings.Repeat("middle", 1000), int64(m.memoryMiB)<<20 - 3: "end"} {
-		if _, err := ram.WriteAt([]byte(text), off); err != nil {
+		if _, err := made.ram.WriteAt([]byte(text), off); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := state.WriteString("the state of QEMU"); err != nil {
+	if _, err := made.state.WriteString("the state of QEMU"); err != nil {
 		t.Fatal(err)
 	}
-	made := &template{ram: ram, state: state, users: 1}
-	t.Cleanup(made.release)
+	if err := writeScratch(made.disk, m.scratchGiB); err != nil {
+		t.Fatal(err)
+	}
 	return made
 }
 
@@ -48,6 +47,24 @@ func contents(t testing.TB, f *os.File) []byte {
 	b, err := io.ReadAll(io.NewSectionReader(f, 0, info.Size()))
 	if err != nil {
 		t.Fatal(err)
+	}
+	return b
+}
+
+// diskContents returns what is not empty of a template's disk.
+func diskContents(t testing.TB, of *template) []byte {
+	t.Helper()
+	all, err := partsOf(of.disk, 1<<40)
+	if err != nil || len(all) == 0 {
+		t.Fatalf("%v, %v", all, err)
+	}
+	b := fmt.Append(nil, all)
+	for _, p := range all {
+		part, err := io.ReadAll(io.NewSectionReader(of.disk, p[0], p[1]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b = append(b, part...)
 	}
 	return b
 }
@@ -66,7 +83,7 @@ func TestSavedTemplate(t *testing.T) {
 	m := sized(2, 64)
 	m.onDemand = true
 	file, made := encoded(t, "some-id", m)
-	if len(file) > 64<<10 {
+	if len(file) > 256<<10 {
 		t.Errorf("holes were written: %d bytes", len(file))
 	}
 	read, err := decodeTemplate(bytes.NewReader(file), int64(len(file)), "some-id")
@@ -74,10 +91,11 @@ func TestSavedTemplate(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer read.release()
-	if !bytes.Equal(contents(t, read.ram), contents(t, made.ram)) || !bytes.Equal(contents(t, read.state), contents(t, made.state)) {
+	if !bytes.Equal(contents(t, read.ram), contents(t, made.ram)) || !bytes.Equal(contents(t, read.state), contents(t, made.state)) ||
+		!bytes.Equal(diskContents(t, read), diskContents(t, made)) {
 		t.Error("what was read is not what was written")
 	}
-	if read.bytes() > 64<<10 {
+	if read.bytes() > 256<<10 {
 		t.Errorf("it takes %d bytes", read.bytes())
 	}
 	if _, err := read.ram.WriteAt([]byte("x"), 0); err == nil {
@@ -123,19 +141,23 @@ func TestDamagedTemplate(t *testing.T) {
 
 // Headers that lie, with a right hash, are refused before memory is taken.
 func TestLyingTemplate(t *testing.T) {
-	good := savedHeader{ID: "i", VCPUs: 1, MemoryMiB: 64, State: 1}
+	good := savedHeader{ID: "i", VCPUs: 1, MemoryMiB: 64, ScratchGiB: 1, State: 1}
 	for name, change := range map[string]func(h *savedHeader){
 		"no memory":        func(h *savedHeader) { h.MemoryMiB = 0 },
 		"too much memory":  func(h *savedHeader) { h.MemoryMiB = 1 << 30 },
+		"no disk":          func(h *savedHeader) { h.ScratchGiB = 0 },
+		"too large a disk": func(h *savedHeader) { h.ScratchGiB = 1 << 40 },
+		"behind the disk":  func(h *savedHeader) { h.Disk = parts{{1 << 30, 1}} },
+		"too full a disk":  func(h *savedHeader) { h.Disk = parts{{0, 1 << 29}} },
 		"no processor":     func(h *savedHeader) { h.VCPUs = 0 },
 		"no state":         func(h *savedHeader) { h.State = 0 },
 		"too much state":   func(h *savedHeader) { h.State = 1 << 40 },
-		"behind memory":    func(h *savedHeader) { h.Parts = [][2]int64{{64 << 20, 1}} },
-		"over its end":     func(h *savedHeader) { h.Parts = [][2]int64{{1, 64 << 20}} },
-		"overflow":         func(h *savedHeader) { h.Parts = [][2]int64{{1, 1<<63 - 1}} },
-		"before its start": func(h *savedHeader) { h.Parts = [][2]int64{{-4096, 4096}} },
-		"nothing":          func(h *savedHeader) { h.Parts = [][2]int64{{0, 0}} },
-		"twice":            func(h *savedHeader) { h.Parts = [][2]int64{{0, 4096}, {0, 4096}} },
+		"behind memory":    func(h *savedHeader) { h.Memory = parts{{64 << 20, 1}} },
+		"over its end":     func(h *savedHeader) { h.Memory = parts{{1, 64 << 20}} },
+		"overflow":         func(h *savedHeader) { h.Memory = parts{{1, 1<<63 - 1}} },
+		"before its start": func(h *savedHeader) { h.Memory = parts{{-4096, 4096}} },
+		"nothing":          func(h *savedHeader) { h.Memory = parts{{0, 0}} },
+		"twice":            func(h *savedHeader) { h.Memory = parts{{0, 4096}, {0, 4096}} },
 	} {
 		h := good
 		change(&h)

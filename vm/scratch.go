@@ -50,20 +50,27 @@ func NewScratch(path string, sizeMiB int) (size int64, err error) {
 	if err != nil {
 		return 0, err
 	}
-	template, err := scratchTemplates.ReadFile(fmt.Sprintf("scratch/ext4-%d.z", gib))
-	if err != nil {
-		return 0, fmt.Errorf("create scratch disk: %w", err)
-	}
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return 0, fmt.Errorf("create scratch disk: %w", err)
 	}
-	size = int64(gib) << 30
-	err = errors.Join(writeTemplate(f, template, size), f.Close())
+	err = errors.Join(writeScratch(f, gib), f.Close())
 	if err != nil {
-		return 0, fmt.Errorf("create scratch disk: %w", errors.Join(err, os.Remove(path)))
+		return 0, errors.Join(err, os.Remove(path))
 	}
-	return size, nil
+	return int64(gib) << 30, nil
+}
+
+// writeScratch makes an empty file a scratch disk of so many GiB, a power of two.
+func writeScratch(f *os.File, gib int) error {
+	template, err := scratchTemplates.ReadFile(fmt.Sprintf("scratch/ext4-%d.z", gib))
+	if err == nil {
+		err = writeTemplate(f, template, int64(gib)<<30)
+	}
+	if err != nil {
+		return fmt.Errorf("create scratch disk: %w", err)
+	}
+	return nil
 }
 
 // writeTemplate writes a template's records to f and makes it size bytes long.

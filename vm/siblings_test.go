@@ -112,7 +112,7 @@ func TestStarts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := p.machineFor(spec.Cores, spec.MemoryMiB)
+	m, err := p.machineFor(spec)
 	if err != nil {
 		t.Fatal(err)
 	}

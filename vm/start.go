@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -72,20 +71,20 @@ type guestVM struct {
 	undead bool
 }
 
-// guestDisks are the disks of a guest; scratch is the size of the scratch disk in MiB, zero for
-// one that nobody mounts.
+// guestDisks are the disks of a guest beside its scratch disk.
 type guestDisks struct {
-	inputs  *Disk
-	sink    *Sink
-	scratch int
+	inputs *Disk
+	sink   *Sink
 	// network is what is reached; nil for no network.
 	network *usernet.Config
 }
 
 // launch starts QEMU with its sockets, up to and including the QMP handshake. The
-// guest must be closed.
-func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, ram *os.File, disks guestDisks, gets share) (_ *guestVM, err error) {
-	g := &guestVM{machine: m, console: new(console)}
+// scratch disk becomes the guest's. The guest must be closed.
+func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, ram, scratch *os.File, disks guestDisks, gets share) (_ *guestVM, err error) {
+	g := &guestVM{machine: m, console: new(console), scratch: scratch}
+	r.scratches.add(g.scratch)
+	g.cleanup = append(g.cleanup, func() error { return r.scratches.remove(g.scratch) })
 	g.ctx, g.cancel = context.WithCancelCause(ctx)
 	defer func() {
 		if err != nil {
@@ -101,11 +100,11 @@ func (r *Runner) launch(ctx context.Context, p *platform, m machine, how mode, r
 	if err := g.enterGroup(p.cgroups, gets.limitMiB); err != nil {
 		return nil, err
 	}
-	if g.scratch, err = r.scratchFile(disks.scratch, uid); err != nil {
-		return nil, err
+	if uid >= 0 {
+		if err := g.scratch.Chown(uid, uid); err != nil {
+			return nil, fmt.Errorf("make scratch disk: %w", err)
+		}
 	}
-	r.scratches.add(g.scratch)
-	g.cleanup = append(g.cleanup, func() error { return r.scratches.remove(g.scratch) })
 	initrd, _ := p.boot.initrdFor(m)
 	sockets, args := fdSink-fdQMP+1, arguments(m, how)
 	if disks.network != nil {
@@ -342,34 +341,15 @@ func (g *guestVM) restore(ctx context.Context, state *os.File) error {
 	return nil
 }
 
-// scratchFile makes the scratch disk of a guest. The file has no name when it
-// returns, so that nothing is left of it when it is closed. A guest that is to
-// be saved gets one of the largest size without a file system: clones see its
-// size, and a file system in them may be smaller.
-func (r *Runner) scratchFile(sizeMiB, uid int) (_ *os.File, err error) {
-	dir, err := os.MkdirTemp(r.cfg.RuntimeDir, scratchPrefix)
+// scratchFile makes the scratch disk of a guest: fill fills an empty file. The file
+// has no name when it returns, so that nothing is left of it when it is closed.
+func (r *Runner) scratchFile(fill func(*os.File) error) (_ *os.File, err error) {
+	f, err := os.CreateTemp(r.cfg.RuntimeDir, scratchPrefix)
 	if err != nil {
 		return nil, fmt.Errorf("make scratch disk: %w", err)
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	path := filepath.Join(dir, "disk")
-	if sizeMiB > 0 {
-		if _, err := NewScratch(path, sizeMiB); err != nil {
-			return nil, err
-		}
-	}
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("make scratch disk: %w", err)
-	}
-	if sizeMiB == 0 {
-		err = f.Truncate(DiskSize)
-	}
-	if err == nil && uid >= 0 {
-		err = f.Chown(uid, uid)
-	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("make scratch disk: %w", err), f.Close())
+	if err := errors.Join(os.Remove(f.Name()), fill(f)); err != nil {
+		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
 }

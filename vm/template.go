@@ -24,15 +24,48 @@ import (
 // for good before it copies the page. So all clones together would pay for each
 // page twice, and the template would grow to the guest's full size.
 type template struct {
-	ram, state *os.File // memfds
-	mu         sync.Mutex
-	users      int // clones being started, and one for being in the table
+	ram, state, disk *os.File // memfds; the last one is the scratch disk
+	mu               sync.Mutex
+	users            int // clones being started, and one for being in the table
+}
+
+// newTemplate returns a template that is to be filled, with one use.
+func newTemplate(memoryMiB int) (_ *template, err error) {
+	t := &template{users: 1}
+	defer func() {
+		if err != nil {
+			t.release()
+		}
+	}()
+	if t.ram, err = memfd("nbd-template", int64(memoryMiB)<<20); err != nil {
+		return nil, err
+	}
+	if t.state, err = memfd("nbd-template-state", 0); err != nil {
+		return nil, err
+	}
+	if t.disk, err = memfd("nbd-template-disk", 0); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+func (t *template) files() []*os.File { return []*os.File{t.ram, t.state, t.disk} }
+
+// seal makes the template immutable. Nobody may have it mapped for writing.
+func (t *template) seal() error {
+	const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
+	for _, f := range t.files() {
+		if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, seals); err != nil {
+			return fmt.Errorf("seal template: %w", err)
+		}
+	}
+	return nil
 }
 
 // bytes is how much memory the template takes.
 func (t *template) bytes() int64 {
 	var sum int64
-	for _, f := range []*os.File{t.ram, t.state} {
+	for _, f := range t.files() {
 		var st unix.Stat_t
 		if err := unix.Fstat(int(f.Fd()), &st); err == nil {
 			sum += st.Blocks * 512
@@ -41,13 +74,13 @@ func (t *template) bytes() int64 {
 	return sum
 }
 
-// close gives up one use of the template. Guests that run hold its memory by
+// release gives up one use of the template. Guests that run hold its memory by
 // themselves.
 func (t *template) release() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.users--; t.users == 0 {
-		closeAll([]*os.File{t.ram, t.state})
+		closeAll(t.files())
 	}
 }
 
@@ -64,7 +97,7 @@ func (t *template) retain() *template {
 func (p *platform) templateID(m machine) string {
 	h := sha256.New()
 	_, initrd := p.boot.initrdFor(m)
-	fmt.Fprintf(h, "%s\n%s\n%s\n%s\n", p.qemu.id, p.boot.kernelHash, initrd,
+	fmt.Fprintf(h, "%s\n%s\n%s\n%d\n%s\n", p.qemu.id, p.boot.kernelHash, initrd, m.scratchGiB,
 		strings.Join(arguments(m, modeClone), "\n"))
 	if m.accel == "kvm" {
 		fmt.Fprintf(h, "%s\n", hostID())
@@ -112,23 +145,28 @@ func emptyDisks() guestDisks {
 	return guestDisks{inputs: NewDisk(), sink: NewSink(SinkConfig{})}
 }
 
-// saveGuest boots a guest and saves it.
+// saveGuest boots a guest and saves it. What it has written to its scratch disk is
+// a part of it: its kernel remembers.
 func (r *Runner) saveGuest(ctx context.Context, p *platform, m machine) (_ *template, err error) {
-	t := &template{users: 1}
+	t, err := newTemplate(m.memoryMiB)
+	if err != nil {
+		return nil, err
+	}
 	defer func() {
 		if err != nil {
 			t.release()
 		}
 	}()
-	if t.ram, err = memfd("nbd-template", int64(m.memoryMiB)<<20); err != nil {
+	if err := writeScratch(t.disk, m.scratchGiB); err != nil {
 		return nil, err
 	}
-	if t.state, err = memfd("nbd-template-state", 0); err != nil {
+	scratch, err := duplicate(t.disk)
+	if err != nil {
 		return nil, err
 	}
 	disks := emptyDisks()
 	defer disks.sink.Close()
-	g, err := r.launch(ctx, p, m, modeBoot, t.ram, disks, wholeMachine(m))
+	g, err := r.launch(ctx, p, m, modeBoot, t.ram, scratch, disks, wholeMachine(m))
 	if err != nil {
 		return nil, err
 	}
@@ -140,7 +178,7 @@ func (r *Runner) saveGuest(ctx context.Context, p *platform, m machine) (_ *temp
 	if err := scrub(t.ram, int64(m.memoryMiB)<<20); err != nil {
 		return nil, err
 	}
-	return t, errors.Join(seal(t.ram), seal(t.state))
+	return t, t.seal()
 }
 
 // save waits until the guest has booted and saves it without its memory.
@@ -180,10 +218,17 @@ func (r *Runner) clone(ctx context.Context, p *platform, m machine, t *template,
 		return nil, err
 	}
 	defer state.Close()
+	scratch, err := r.scratchFile(func(f *os.File) error {
+		size := int64(m.scratchGiB) << 30
+		return errors.Join(f.Truncate(size), copySparse(f, t.disk, size))
+	})
+	if err != nil {
+		return nil, err
+	}
 	// QEMU looks at the memory when it restores the state, and not before.
 	copied := make(chan error, 1)
 	go func() { copied <- copySparse(ram, t.ram, int64(m.memoryMiB)<<20) }()
-	g, err := r.launch(ctx, p, m, modeClone, ram, disks, gets)
+	g, err := r.launch(ctx, p, m, modeClone, ram, scratch, disks, gets)
 	if cerr := <-copied; err == nil && cerr != nil {
 		err = errors.Join(cerr, g.close())
 	}
@@ -214,7 +259,11 @@ func (r *Runner) cold(ctx context.Context, p *platform, m machine, disks guestDi
 		return nil, err
 	}
 	defer ram.Close()
-	g, err := r.launch(ctx, p, m, modeBoot, ram, disks, gets)
+	scratch, err := r.scratchFile(func(f *os.File) error { return writeScratch(f, m.scratchGiB) })
+	if err != nil {
+		return nil, err
+	}
+	g, err := r.launch(ctx, p, m, modeBoot, ram, scratch, disks, gets)
 	if err != nil {
 		return nil, err
 	}
@@ -240,13 +289,13 @@ func memfd(name string, size int64) (*os.File, error) {
 	return f, nil
 }
 
-// seal makes a memory file immutable. Nobody may have it mapped for writing.
-func seal(f *os.File) error {
-	const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
-	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, seals); err != nil {
-		return fmt.Errorf("seal template: %w", err)
+// duplicate returns another descriptor of f's open file.
+func duplicate(f *os.File) (*os.File, error) {
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate %s: %w", f.Name(), err)
 	}
-	return nil
+	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
 // reopen returns a new open file of f, at its start, read only.

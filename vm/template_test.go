@@ -13,18 +13,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// newTemplate returns a template of nothing.
-func newTemplate(t *testing.T) *template {
+// emptyTemplate returns a template of nothing.
+func emptyTemplate(t testing.TB) *template {
 	t.Helper()
-	ram, err := memfd("ram", 4096)
+	made, err := newTemplate(1)
 	if err != nil {
 		t.Fatal(err)
 	}
-	state, err := memfd("state", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &template{ram: ram, state: state, users: 1}
+	return made
 }
 
 // warmUp returns when there is a template for a build and nothing is being made.
@@ -34,7 +30,7 @@ func warmUp(t testing.TB, r *Runner, spec *Spec) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := p.machineFor(spec.Cores, spec.MemoryMiB)
+	m, err := p.machineFor(spec)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,6 +73,7 @@ func TestTemplateID(t *testing.T) {
 		"accel":     func(p *platform, m *machine) { m.accel = "kvm" },
 		"on demand": func(p *platform, m *machine) { m.onDemand = true },
 		"frequency": func(p *platform, m *machine) { m.tscKHz = 1000 },
+		"disk":      func(p *platform, m *machine) { m.scratchGiB = 2 },
 	} {
 		q, n := p(), m
 		change(q, &n)
@@ -89,17 +86,23 @@ func TestTemplateID(t *testing.T) {
 // What is sealed cannot be changed, not even through a descriptor that was
 // opened for writing or by punching holes.
 func TestSeal(t *testing.T) {
-	f, err := memfd("test", 0)
-	if err != nil {
+	made := emptyTemplate(t)
+	defer made.release()
+	for _, f := range made.files() {
+		if _, err := f.WriteString("template"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := made.seal(); err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	if _, err := f.WriteString("template"); err != nil {
-		t.Fatal(err)
+	for _, f := range made.files() {
+		checkSealed(t, f)
 	}
-	if err := seal(f); err != nil {
-		t.Fatal(err)
-	}
+}
+
+func checkSealed(t *testing.T, f *os.File) {
+	t.Helper()
 	w, err := os.OpenFile("/proc/self/fd/"+itoa(int(f.Fd())), os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -119,7 +122,8 @@ func TestSeal(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	if b, err := io.ReadAll(r); err != nil || string(b) != "template" {
+	b := make([]byte, 8)
+	if _, err := io.ReadFull(r, b); err != nil || string(b) != "template" {
 		t.Errorf("%q, %v", b, err)
 	}
 }

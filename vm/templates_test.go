@@ -15,7 +15,7 @@ func testPlatform(kernel string) *platform {
 }
 
 func sized(vcpus, memoryMiB int) machine {
-	return machine{arch: archX8664, accel: "tcg", vcpus: vcpus, memoryMiB: memoryMiB}
+	return machine{arch: archX8664, accel: "tcg", vcpus: vcpus, memoryMiB: memoryMiB, scratchGiB: 1}
 }
 
 // A testMaker makes templates of nothing, when it is told to.
@@ -45,7 +45,7 @@ func (m *testMaker) maker() templateMaker {
 			if err := <-m.boots; err != nil {
 				return nil, err
 			}
-			made := newTemplate(m.t)
+			made := emptyTemplate(m.t)
 			m.made = append(m.made, made)
 			return made, nil
 		},
@@ -74,7 +74,7 @@ func templatesTest(t *testing.T, f func(t *testing.T, all *templates, p *platfor
 		f(t, all, testPlatform("k"), m)
 		all.close()
 		for _, made := range m.made {
-			if !closed(made.ram) || !closed(made.state) {
+			if !closed(made.ram) || !closed(made.state) || !closed(made.disk) {
 				t.Error("a template was not freed")
 			}
 		}
@@ -130,7 +130,7 @@ func TestTemplateIsMadeOnce(t *testing.T) {
 // One that lies on the disk is waited for, and not written again.
 func TestTemplateIsLoaded(t *testing.T) {
 	templatesTest(t, func(t *testing.T, all *templates, p *platform, m *testMaker) {
-		m.saved, m.loads = newTemplate(t), make(chan struct{})
+		m.saved, m.loads = emptyTemplate(t), make(chan struct{})
 		got := make(chan *loan)
 		go func() {
 			l, _, err := all.take(t.Context(), p, sized(2, 2560), m.maker())

@@ -58,9 +58,9 @@ func TestAgentSaysHello(t *testing.T) {
 // is told as the guest's failure, and a cancelled one as such.
 func TestBuildFailureIsInternal(t *testing.T) {
 	order := &link.BuildOrder{Inputs: []string{"../x"}}
-	st, err := newStage(t.TempDir(), t.TempDir(), "", order)
+	err := newTestStage(t).furnish(t.TempDir(), order)
 	if err == nil {
-		t.Fatalf("made %v", st)
+		t.Fatal("an input with such a name was found")
 	}
 	for _, tt := range []struct {
 		err    error

@@ -66,6 +66,12 @@ func boot() (runsGuests bool, err error) {
 			return false, err
 		}
 	}
+	// A sandbox that was made before sees what is mounted here.
+	for _, flag := range []uintptr{unix.MS_BIND, unix.MS_SHARED} {
+		if err := unix.Mount(inputDir, inputDir, "", flag, ""); err != nil {
+			return false, fmt.Errorf("share %s: %w", inputDir, err)
+		}
+	}
 	if err := errors.Join(setLimits(), setSysctls()); err != nil {
 		return false, err
 	}

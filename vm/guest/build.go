@@ -56,11 +56,13 @@ func (b *build) inGuest(r *link.Result) error {
 	if err != nil {
 		return err
 	}
-	if err := b.kit.mountDisks(len(b.order.Inputs) > 0); err != nil {
-		return err
+	if len(b.order.Inputs) > 0 {
+		if err := b.kit.mountInputs(); err != nil {
+			return err
+		}
 	}
-	st, err := newStage(scratchDir, inputDir, b.kit.shell, b.order)
-	if err != nil {
+	st := b.kit.stage
+	if err := st.furnish(inputDir, b.order); err != nil {
 		return err
 	}
 	if err := b.startNetwork(); err != nil {

@@ -54,23 +54,23 @@ func flushDisk(dev string) error {
 	return nil
 }
 
-// mountDisks mounts the scratch disk and, if there are any inputs, theirs.
-func (k *kit) mountDisks(inputs bool) error {
-	// The disk is thrown away with the guest: nothing is worth waiting for it,
-	// nor the tables of block groups that are never used.
-	if err := mountDisk(k.disks[link.ScratchSerial], scratchDir, "ext4", 0, "nobarrier,noinit_itable"); err != nil {
+// mountScratch mounts the scratch disk. It is thrown away with the guest: nothing is
+// worth waiting for it, nor the tables and bitmaps of block groups that are never
+// used.
+func (k *kit) mountScratch() error {
+	return mountDisk(k.disks[link.ScratchSerial], scratchDir, "ext4", 0, "nobarrier,noinit_itable,no_prefetch_block_bitmaps")
+}
+
+// mountInputs mounts the disk of the inputs, which a clone of a template has not
+// booted with.
+func (k *kit) mountInputs() error {
+	if err := flushDisk(k.disks[link.InputSerial]); err != nil {
 		return err
-	}
-	if !inputs {
-		return nil
 	}
 	return mountDisk(k.disks[link.InputSerial], inputDir, "erofs", unix.MS_RDONLY, "")
 }
 
 func mountDisk(dev, target, fstype string, flags uintptr, data string) error {
-	if err := flushDisk(dev); err != nil {
-		return err
-	}
 	if err := unix.Mount(dev, target, fstype, flags, data); err != nil {
 		return fmt.Errorf("mount %s from %s: %w", fstype, dev, err)
 	}

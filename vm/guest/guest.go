@@ -8,9 +8,10 @@
 // the modules that the host packed beside it, leaves the initramfs for a tmpfs
 // (pivot_root does not work on an initramfs) and says hello. A template is saved
 // at that point, so everything before is common to all guests made from it, and
-// nothing before may depend on randomness or time. A wake brings both; until
-// then nothing is mounted from a disk, /proc/sys/kernel/random/boot_id is not
-// read, and a build is refused. A guest runs one build and is killed.
+// nothing before may depend on randomness or time. The scratch disk is mounted and
+// the sandbox is put together by then, as far as they are the same for all builds:
+// each clone has a copy of the disk, too. A wake brings randomness and time; until
+// then /proc/sys/kernel/random/boot_id is not read, and a build is refused. A guest runs one build and is killed.
 //
 // # The sandbox
 //
@@ -82,13 +83,14 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	a := &agent{conn: link.Guest(ctl), log: log}
+	a := &agent{conn: link.Guest(ctl), log: log, woken: make(chan struct{})}
 	if a.kit, err = newKit(); err != nil {
 		return fmt.Errorf("prepare for a build: %w", err)
 	}
 	if runsGuests && tryKVM() {
 		a.features = append(a.features, link.FeatureKVM)
 	}
+	go a.beat()
 	if err := a.hello(); err != nil {
 		return err
 	}
@@ -104,6 +106,8 @@ type agent struct {
 
 	// features are what hello tells.
 	features []string
+
+	woken chan struct{} // closed by the first wake
 
 	// The fields below belong to serve's goroutine.
 	awake bool
@@ -139,7 +143,7 @@ func (a *agent) handle(m link.Message) error {
 		}
 		if !a.awake {
 			a.awake = true
-			go a.beat()
+			close(a.woken)
 		}
 		return a.conn.Send(&link.Awake{})
 	case *link.BuildOrder:
@@ -168,10 +172,12 @@ func (a *agent) runBuild(b *build) {
 	}
 }
 
-// beat tells the host, from a thread of its own, that the guest is alive, and
-// what its build has used so far. It ends when the host does not listen any more.
+// beat tells the host, from a thread of its own, that the guest is alive since it
+// was woken, and what its build has used so far. It ends when the host does not
+// listen any more.
 func (a *agent) beat() {
 	runtime.LockOSThread()
+	<-a.woken
 	for range time.Tick(link.BeatInterval) {
 		if err := a.conn.Send(&link.Beat{Usage: a.used.Load()}); err != nil {
 			fmt.Fprintln(os.Stderr, "nbd guest:", err)

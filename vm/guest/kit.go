@@ -14,6 +14,7 @@ import (
 type kit struct {
 	disks   map[string]string // device files by serial; none is open
 	shell   string            // the program that becomes /bin/sh, "" for none
+	stage   *stage            // on the scratch disk, which is mounted
 	group   *cgroup
 	sandbox *sandbox
 }
@@ -32,11 +33,17 @@ func newKit() (*kit, error) {
 	} else if err != nil {
 		return nil, err
 	}
+	if err := k.mountScratch(); err != nil {
+		return nil, err
+	}
 	var err error
+	if k.stage, err = newStage(scratchDir, k.shell); err != nil {
+		return nil, err
+	}
 	if k.group, err = newCgroup(cgroupRoot); err != nil {
 		return nil, err
 	}
-	if k.sandbox, err = newSandbox(k.group); err != nil {
+	if k.sandbox, err = newSandbox(k.group, k.stage); err != nil {
 		return nil, err
 	}
 	if err := errors.Join(link.Warm(), warmPlan()); err != nil {

@@ -25,8 +25,9 @@ type sandbox struct {
 }
 
 // newSandbox starts the first process, in the group unless it is nil, and
-// returns when it waits for its plan. The sandbox must be run.
-func newSandbox(group *cgroup) (_ *sandbox, err error) {
+// returns when it has put together what the stage has so far and waits for its
+// plan. The sandbox must be run.
+func newSandbox(group *cgroup, st *stage) (_ *sandbox, err error) {
 	s := &sandbox{group: group}
 	defer func() {
 		if err != nil {
@@ -51,6 +52,10 @@ func newSandbox(group *cgroup) (_ *sandbox, err error) {
 	}
 	// Their other ends must see when the process has ended.
 	if err := errors.Join(slave.Close(), planReader.Close(), statusWriter.Close()); err != nil {
+		return nil, err
+	}
+	err = json.NewEncoder(s.plan).Encode(&scene{st.root(), st.build(), st.binds})
+	if err != nil && !errors.Is(err, syscall.EPIPE) { // then it has ended, and says why
 		return nil, err
 	}
 	said := make([]byte, len(statusReady))
@@ -141,8 +146,7 @@ const maxStatus = 4096
 // builder, or with what kept it from that.
 func (s *sandbox) begin(st *stage, order *link.BuildOrder) error {
 	err := json.NewEncoder(s.plan).Encode(&plan{
-		Root: st.root(), Build: st.build(), Binds: st.binds,
-		System: order.System, Builder: order.Builder, Args: order.Args, Env: order.Env, Builtin: builtinOrder(order),
+		Binds: st.added, System: order.System, Builder: order.Builder, Args: order.Args, Env: order.Env, Builtin: builtinOrder(order),
 	})
 	if errors.Is(err, syscall.EPIPE) { // then it has ended, and says why
 		err = nil

@@ -26,7 +26,7 @@ var testNetwork = &link.Network{MTU: 16384, Nameserver: "192.0.0.1",
 // here. The loopback device is one that every network has; IPv6 has no routes by
 // way of it.
 func TestSetUpDevice(t *testing.T) {
-	s := newTestSandbox(t)
+	_, s := newLab(t).stage(t.TempDir())
 	t.Cleanup(func() { s.end() }) // its status is that of a process that was killed
 	var device *net.Interface
 	var addrs []net.Addr
@@ -64,7 +64,7 @@ func TestSetUpDevice(t *testing.T) {
 
 // What the kernel refuses is told.
 func TestSetUpDeviceFails(t *testing.T) {
-	s := newTestSandbox(t)
+	_, s := newLab(t).stage(t.TempDir())
 	t.Cleanup(func() { s.end() }) // its status is that of a process that was killed
 	for _, bad := range []*link.Network{
 		{MTU: 16384, Addresses: []string{"192.0.0.2"}},
@@ -212,7 +212,7 @@ func TestNetworkOfAKernel(t *testing.T) {
 	if err != nil || !ok || name != "nbdtest0" {
 		t.Fatalf("found %q, %v, %v", name, ok, err)
 	}
-	s := newTestSandbox(t)
+	_, s := newLab(t).stage(t.TempDir())
 	t.Cleanup(func() { s.end() }) // its status is that of a process that was killed
 	pid := s.cmd.Process.Pid
 	if err := moveDevice(name, pid); err != nil {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -50,31 +51,60 @@ type bind struct{ Source, Target string }
 // its root directory and build/ its build directory.
 type stage struct {
 	dir   string
-	binds []bind // what the sandbox's first process has to bind
+	made  []string // paths of what every sandbox has
+	binds []bind   // of that, what is bound
+	added []bind   // what this build's has beside that
 }
 
 func (s *stage) root() string  { return filepath.Join(s.dir, "root") }
 func (s *stage) build() string { return filepath.Join(s.dir, "build") }
 
-// newStage makes everything that a build's sandbox needs in the empty directory
-// dir. inputs is a directory with the store objects; shell is the program that
-// becomes /bin/sh, "" for none. It runs as root, before there is a builder.
-func newStage(dir, inputs, shell string, order *link.BuildOrder) (*stage, error) {
+// newStage makes what all sandboxes have in the empty directory dir. shell is the
+// program that becomes /bin/sh, "" for none. It runs as root, before a template is
+// saved.
+func newStage(dir, shell string) (*stage, error) {
 	s := &stage{dir: dir}
 	defer unix.Umask(unix.Umask(0)) // modes are as given here
 	for _, step := range []func() error{
 		s.makeTree,
-		func() error { return s.makeNetworkFiles(order.Network) },
-		func() error { return s.makeDevices(order.KVM) },
+		s.makeDevices,
 		func() error { return s.makeShell(shell) },
-		func() error { return s.makeInputs(inputs, order.Inputs) },
-		func() error { return s.makeBuildDir(order.Files) },
+		s.makeBuildDir,
 	} {
 		if err := step(); err != nil {
 			return nil, fmt.Errorf("make sandbox: %w", err)
 		}
 	}
 	return s, nil
+}
+
+// furnish adds what the sandbox of one build has. inputs is a directory with the
+// store objects. It runs as root, before there is a builder.
+func (s *stage) furnish(inputs string, order *link.BuildOrder) error {
+	defer unix.Umask(unix.Umask(0))
+	for _, step := range []func() error{
+		s.touch,
+		func() error { return s.makeNetworkFiles(order.Network) },
+		func() error { return s.makeKVM(order.KVM) },
+		func() error { return s.makeInputs(inputs, order.Inputs) },
+		func() error { return s.makeBuildFiles(order.Files) },
+	} {
+		if err := step(); err != nil {
+			return fmt.Errorf("make sandbox: %w", err)
+		}
+	}
+	return nil
+}
+
+// touch makes everything as young as the build.
+func (s *stage) touch() error {
+	now := unix.NsecToTimespec(time.Now().UnixNano())
+	for _, path := range s.made {
+		if err := unix.UtimesNanoAt(unix.AT_FDCWD, path, []unix.Timespec{now, now}, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return fmt.Errorf("set time of %s: %w", path, err)
+		}
+	}
+	return nil
 }
 
 // makeTree makes directories and files with the owners and modes that builders
@@ -103,44 +133,54 @@ func (s *stage) makeTree() error {
 		if err := os.Chown(path, 0, d.gid); err != nil {
 			return err
 		}
+		s.made = append(s.made, path)
 	}
 	for name, text := range map[string]string{"passwd": etcPasswd, "group": etcGroup, "hosts": etcHosts} {
-		if err := os.WriteFile(filepath.Join(s.root(), "etc", name), []byte(text), 0o644); err != nil {
+		path := filepath.Join(s.root(), "etc", name)
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 			return err
 		}
+		s.made = append(s.made, path)
 	}
 	return os.Chmod(filepath.Join(s.root(), "etc"), 0o555)
 }
 
-func (s *stage) makeDevices(kvm bool) error {
-	names := devices
-	if kvm {
-		if _, err := os.Stat(kvmDevice); err != nil {
-			return fmt.Errorf("the build wants a device that the guest lacks: %w", err)
-		}
-		names = append(names[:len(names):len(names)], "kvm")
-	}
-	for _, name := range names {
-		if err := s.bindFile("/dev/"+name, "/dev/"+name); err != nil {
+func (s *stage) makeDevices() error {
+	for _, name := range devices {
+		if err := s.bindFile(&s.binds, "/dev/"+name, "/dev/"+name); err != nil {
 			return err
 		}
 	}
 	for _, l := range devLinks {
-		if err := os.Symlink(l[0], filepath.Join(s.root(), "dev", l[1])); err != nil {
+		path := filepath.Join(s.root(), "dev", l[1])
+		if err := os.Symlink(l[0], path); err != nil {
 			return err
 		}
+		s.made = append(s.made, path)
 	}
 	return nil
+}
+
+func (s *stage) makeKVM(wanted bool) error {
+	if !wanted {
+		return nil
+	}
+	if _, err := os.Stat(kvmDevice); err != nil {
+		return fmt.Errorf("the build wants a device that the guest lacks: %w", err)
+	}
+	return s.bindFile(&s.added, kvmDevice, kvmDevice)
 }
 
 func (s *stage) makeShell(shell string) error {
 	if shell == "" {
 		return nil
 	}
-	if err := os.Mkdir(filepath.Join(s.root(), "bin"), 0o755); err != nil {
+	bin := filepath.Join(s.root(), "bin")
+	if err := os.Mkdir(bin, 0o755); err != nil {
 		return err
 	}
-	return s.bindFile(shell, "/bin/sh")
+	s.made = append(s.made, bin)
+	return s.bindFile(&s.binds, shell, "/bin/sh")
 }
 
 // makeInputs makes a place for each store object. A symlink cannot be bound,
@@ -160,7 +200,7 @@ func (s *stage) makeInputs(dir string, names []string) error {
 			if err := os.Mkdir(filepath.Join(s.root(), target), 0o755); err != nil {
 				return err
 			}
-			s.binds = append(s.binds, bind{source, target})
+			s.added = append(s.added, bind{source, target})
 		case info.Mode()&fs.ModeSymlink != 0:
 			to, err := os.Readlink(source)
 			if err != nil {
@@ -170,7 +210,7 @@ func (s *stage) makeInputs(dir string, names []string) error {
 				return err
 			}
 		default:
-			if err := s.bindFile(source, target); err != nil {
+			if err := s.bindFile(&s.added, source, target); err != nil {
 				return err
 			}
 		}
@@ -178,22 +218,28 @@ func (s *stage) makeInputs(dir string, names []string) error {
 	return nil
 }
 
-// bindFile makes a place for a file that is bound.
-func (s *stage) bindFile(source, target string) error {
+// bindFile makes a place for a file that is bound, and adds it to all of those.
+func (s *stage) bindFile(all *[]bind, source, target string) error {
 	path := filepath.Join(s.root(), target)
 	if err := unix.Mknod(path, unix.S_IFREG|0o644, 0); err != nil {
 		return fmt.Errorf("make %s: %w", path, err)
 	}
-	s.binds = append(s.binds, bind{source, target})
+	*all = append(*all, bind{source, target})
 	return nil
 }
 
-// makeBuildDir makes the build directory, which belongs to the builder, and
-// what Nix puts there before the builder starts.
-func (s *stage) makeBuildDir(files []link.File) error {
+// makeBuildDir makes the build directory, which belongs to the builder.
+func (s *stage) makeBuildDir() error {
 	if err := os.Mkdir(s.build(), 0o700); err != nil {
 		return err
 	}
+	s.made = append(s.made, s.build())
+	return os.Chown(s.build(), builderUID, builderGID)
+}
+
+// makeBuildFiles makes what Nix puts into the build directory before the builder
+// starts.
+func (s *stage) makeBuildFiles(files []link.File) error {
 	for _, f := range files {
 		if err := checkFileName(f.Name); err != nil {
 			return err
@@ -206,7 +252,7 @@ func (s *stage) makeBuildDir(files []link.File) error {
 			return err
 		}
 	}
-	return os.Chown(s.build(), builderUID, builderGID)
+	return nil
 }
 
 // checkFileName wants one component of a path.

@@ -27,14 +27,19 @@ const (
 // statusReady says that the first process waits for its plan.
 const statusReady = "ready\n"
 
-// A plan is what the first process needs to know.
-type plan struct {
+// A scene is what the first process needs to know to prepare.
+type scene struct {
 	Root, Build string // directories of the stage
 	Binds       []bind
-	System      string
-	Builder     string
-	Args, Env   [][]byte
-	Builtin     *builtin.Order // instead of Builder, Args and Env
+}
+
+// A plan is what the first process needs to know of a build.
+type plan struct {
+	Binds     []bind // beside those of the scene
+	System    string
+	Builder   string
+	Args, Env [][]byte
+	Builtin   *builtin.Order // instead of Builder, Args and Env
 }
 
 // sandboxCaps are what the first process keeps through its own execve, which
@@ -58,7 +63,7 @@ func sandboxCommand(in, out, planReader, status, cgroupDir *os.File) *exec.Cmd {
 		Stderr:     out,
 		ExtraFiles: []*os.File{planReader, status},
 		SysProcAttr: &syscall.SysProcAttr{
-			// A mount namespace follows with the plan: it must know the disks.
+			// A mount namespace follows with the scene.
 			Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWPID |
 				unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
 			UidMappings: []syscall.SysProcIDMap{{ContainerID: builderUID, HostID: builderUID, Size: 1}},
@@ -82,28 +87,38 @@ func Sandbox() {
 	// that calls execve the one whose are kept.
 	runtime.LockOSThread()
 	status := os.NewFile(fdStatus, "status")
-	err := prepare()
-	if err == nil {
-		_, err = io.WriteString(status, statusReady)
-	}
-	var p *plan
-	if err == nil {
-		p, err = readPlan()
-	}
-	if err == nil {
-		err = p.enter()
-	}
-	if err == nil {
-		err = p.become()
-	}
-	fmt.Fprint(status, err)
+	fmt.Fprint(status, perform(status))
 	os.Exit(1)
+}
+
+// perform becomes the builder, or returns why not.
+func perform(status io.Writer) error {
+	orders := os.NewFile(fdPlan, "plan")
+	decoder := json.NewDecoder(orders)
+	var s scene
+	if err := decoder.Decode(&s); err != nil {
+		return fmt.Errorf("read scene: %w", err)
+	}
+	if err := s.prepare(); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(status, statusReady); err != nil {
+		return err
+	}
+	var p plan
+	if err := errors.Join(decoder.Decode(&p), orders.Close()); err != nil {
+		return fmt.Errorf("read plan: %w", err)
+	}
+	if err := p.enter(s.Root); err != nil {
+		return err
+	}
+	return p.become()
 }
 
 // prepare does what needs no plan, before a template is saved: so nothing in it
 // may depend on randomness or time. The builder inherits no descriptor but the
 // standard ones.
-func prepare() error {
+func (s *scene) prepare() error {
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return fmt.Errorf("close descriptors: %w", err)
 	}
@@ -115,6 +130,17 @@ func prepare() error {
 	}
 	if err := unix.Setdomainname([]byte("(none)")); err != nil {
 		return fmt.Errorf("set domain name: %w", err)
+	}
+	// The process is in its group, which is to be the root of what it sees of
+	// groups.
+	if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP); err != nil {
+		return fmt.Errorf("make namespaces: %w", err)
+	}
+	if err := s.mount(); err != nil {
+		return err
+	}
+	if err := installSeccomp(); err != nil { // nothing that is left to do needs what it forbids
+		return fmt.Errorf("filter system calls: %w", err)
 	}
 	return warmPlan()
 }
@@ -129,26 +155,20 @@ func warmPlan() error {
 	return json.Unmarshal(b, new(plan))
 }
 
-func readPlan() (*plan, error) {
-	var p plan
-	r := os.NewFile(fdPlan, "plan")
-	if err := errors.Join(json.NewDecoder(r).Decode(&p), r.Close()); err != nil {
-		return nil, fmt.Errorf("read plan: %w", err)
+// enter completes the sandbox and makes it the process's world.
+func (p *plan) enter(root string) error {
+	// The disk of the inputs has come from outside, as it does no more.
+	if err := unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
 	}
-	return &p, nil
-}
-
-// enter puts the sandbox together and makes it the process's world.
-func (p *plan) enter() error {
-	// Only now are the disks known, and the process in its group, which is to be
-	// the root of what it sees of groups.
-	if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP); err != nil {
-		return fmt.Errorf("make namespaces: %w", err)
+	// There is nobody to share with, but a builder sees that it is so in Nix.
+	if err := unix.Mount("", filepath.Join(root, storeDir), "", unix.MS_SHARED, ""); err != nil {
+		return fmt.Errorf("share %s: %w", storeDir, err)
 	}
-	if err := p.mount(); err != nil {
+	if err := bindAll(root, p.Binds); err != nil {
 		return err
 	}
-	if err := pivot(p.Root); err != nil {
+	if err := pivot(root); err != nil {
 		return err
 	}
 	return restartPIDs()
@@ -164,36 +184,39 @@ func restartPIDs() error {
 	return nil
 }
 
-// mount mounts everything below the root directory to be.
-func (p *plan) mount() error {
-	if err := unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""); err != nil {
+// mount mounts what all sandboxes have below the root directory to be.
+func (s *scene) mount() error {
+	// What is mounted here is not seen outside. The disk of the inputs is mounted
+	// there later, and must be seen here.
+	if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
 	}
 	// The new root and the store are mounts of their own; nothing can be linked
 	// or renamed from one to another.
-	for _, b := range append([]bind{{p.Root, "/"}, {filepath.Join(p.Root, storeDir), storeDir}, {p.Build, "/build"}}, p.Binds...) {
-		target := filepath.Join(p.Root, b.Target)
-		if err := unix.Mount(b.Source, target, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
-			return fmt.Errorf("bind %s: %w", b.Target, err)
-		}
-		if b.Target != storeDir {
-			continue
-		}
-		// There is nobody to share with, but a builder sees that it is so in Nix.
-		if err := unix.Mount("", target, "", unix.MS_SHARED, ""); err != nil {
-			return fmt.Errorf("share %s: %w", b.Target, err)
-		}
+	binds := []bind{{s.Root, "/"}, {filepath.Join(s.Root, storeDir), storeDir}, {s.Build, "/build"}}
+	if err := bindAll(s.Root, append(binds, s.Binds...)); err != nil {
+		return err
 	}
 	for _, m := range []mount{
 		{"/proc", "proc", 0, ""},
 		{"/dev/shm", "tmpfs", 0, "size=50%"},
 		{"/dev/pts", "devpts", 0, "newinstance,mode=0620"},
 	} {
-		if err := unix.Mount("none", filepath.Join(p.Root, m.target), m.fstype, m.flags, m.data); err != nil {
+		if err := unix.Mount("none", filepath.Join(s.Root, m.target), m.fstype, m.flags, m.data); err != nil {
 			return fmt.Errorf("mount %s: %w", m.target, err)
 		}
 	}
-	return os.Chmod(filepath.Join(p.Root, "dev/pts/ptmx"), 0o666)
+	return os.Chmod(filepath.Join(s.Root, "dev/pts/ptmx"), 0o666)
+}
+
+// bindAll makes binds below a root directory.
+func bindAll(root string, all []bind) error {
+	for _, b := range all {
+		if err := unix.Mount(b.Source, filepath.Join(root, b.Target), "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+			return fmt.Errorf("bind %s: %w", b.Target, err)
+		}
+	}
+	return nil
 }
 
 // pivot makes dir, a mount, the root directory and forgets the old one.
@@ -239,9 +262,6 @@ func (p *plan) become() error {
 	}
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("set no_new_privs: %w", err)
-	}
-	if err := installSeccomp(); err != nil {
-		return fmt.Errorf("filter system calls: %w", err)
 	}
 	if p.Builtin != nil {
 		return becomeBuiltin(p.Builtin)

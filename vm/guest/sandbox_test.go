@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"nbd/vm/link"
 )
@@ -99,15 +101,12 @@ func (l *lab) runOrder(ctx context.Context) (*link.Result, string) {
 	if err := os.Mkdir(filepath.Join(dir, "top"), 0o755); err != nil {
 		l.t.Fatal(err)
 	}
-	st, err := newStage(filepath.Join(dir, "top"), l.inputs, l.busybox, l.order)
-	if err != nil {
-		l.t.Fatal(err)
-	}
+	st, s := l.stage(filepath.Join(dir, "top"))
 	l.st = st
 	var log bytes.Buffer
 	started := 0
 	r := &link.Result{}
-	err = newTestSandbox(l.t).run(ctx, st, l.order, &log, func() error {
+	err := s.run(ctx, st, l.order, &log, func() error {
 		started++
 		if l.started != nil {
 			l.started()
@@ -126,14 +125,29 @@ func (l *lab) runOrder(ctx context.Context) (*link.Result, string) {
 	return r, log.String()
 }
 
-// newTestSandbox returns a sandbox without a cgroup.
-func newTestSandbox(t *testing.T) *sandbox {
+// newTestStage returns a stage without a shell.
+func newTestStage(t *testing.T) *stage {
 	t.Helper()
-	s, err := newSandbox(nil)
+	st, err := newStage(t.TempDir(), "")
+	must(t, err)
+	return st
+}
+
+// stage returns a stage in dir and a sandbox on it, without a cgroup.
+func (l *lab) stage(dir string) (*stage, *sandbox) {
+	l.t.Helper()
+	st, err := newStage(dir, l.busybox)
 	if err != nil {
-		t.Fatal(err)
+		l.t.Fatal(err)
 	}
-	return s
+	s, err := newSandbox(nil, st)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	if err := st.furnish(l.inputs, l.order); err != nil {
+		l.t.Fatal(errors.Join(err, s.end()))
+	}
+	return st, s
 }
 
 // out returns a file of the output.
@@ -314,13 +328,10 @@ func TestCancel(t *testing.T) {
 func TestSandboxThatCannotBeMade(t *testing.T) {
 	l := newLab(t)
 	dir := t.TempDir()
-	st, err := newStage(dir, l.inputs, l.busybox, l.order)
-	if err != nil {
-		t.Fatal(err)
-	}
-	st.binds = append(st.binds, bind{"/nonexistent", "/tmp"})
+	st, s := l.stage(dir)
+	st.added = append(st.added, bind{"/nonexistent", "/tmp"})
 	r := &link.Result{}
-	err = newTestSandbox(t).run(context.Background(), st, l.order, io.Discard, func() error { return nil }, r)
+	err := s.run(context.Background(), st, l.order, io.Discard, func() error { return nil }, r)
 	if err == nil || !strings.Contains(err.Error(), "bind /tmp: no such file or directory") {
 		t.Errorf("got %v", err)
 	}
@@ -328,11 +339,11 @@ func TestSandboxThatCannotBeMade(t *testing.T) {
 		t.Errorf("result is %+v", r)
 	}
 	l.order.Inputs = append(l.order.Inputs, "missing")
-	if _, err := newStage(t.TempDir(), l.inputs, "", l.order); err == nil {
+	if err := newTestStage(t).furnish(l.inputs, l.order); err == nil {
 		t.Error("no error for an input that is not there")
 	}
 	l.order.Inputs = []string{"../x"}
-	if _, err := newStage(t.TempDir(), l.inputs, "", l.order); err == nil {
+	if err := newTestStage(t).furnish(l.inputs, l.order); err == nil {
 		t.Error("no error for a bad name of an input")
 	}
 }
@@ -356,12 +367,9 @@ func TestLongLog(t *testing.T) {
 func TestLogWithoutListener(t *testing.T) {
 	l := newLab(t)
 	l.order.Args = [][]byte{[]byte("busybox"), []byte("seq"), []byte("200000")}
-	st, err := newStage(t.TempDir(), l.inputs, l.busybox, l.order)
-	if err != nil {
-		t.Fatal(err)
-	}
+	st, s := l.stage(t.TempDir())
 	gone := errors.New("gone")
-	err = newTestSandbox(t).run(context.Background(), st, l.order, failingWriter{gone}, func() error { return nil }, &link.Result{})
+	err := s.run(context.Background(), st, l.order, failingWriter{gone}, func() error { return nil }, &link.Result{})
 	if !errors.Is(err, gone) {
 		t.Errorf("got %v, want %v", err, gone)
 	}
@@ -370,3 +378,24 @@ func TestLogWithoutListener(t *testing.T) {
 type failingWriter struct{ err error }
 
 func (w failingWriter) Write([]byte) (int, error) { return 0, w.err }
+
+// What was made before a template was saved is no older than what a build adds.
+func TestStageIsAsYoungAsItsBuild(t *testing.T) {
+	l := newLab(t)
+	st := newTestStage(t)
+	old := time.Unix(1_000_000_000, 0)
+	for _, path := range st.made {
+		must(t, unix.UtimesNanoAt(unix.AT_FDCWD, path, []unix.Timespec{{Sec: old.Unix()}, {Sec: old.Unix()}}, unix.AT_SYMLINK_NOFOLLOW))
+	}
+	must(t, st.furnish(l.inputs, l.order))
+	must(t, filepath.WalkDir(st.dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || path == st.dir {
+			return err
+		}
+		info, err := e.Info()
+		if err == nil && info.ModTime().Before(old.Add(time.Hour)) {
+			t.Errorf("%s is of %v", path, info.ModTime())
+		}
+		return err
+	}))
+}
