@@ -148,11 +148,13 @@ func TestWhyNotNested(t *testing.T) {
 }
 
 func TestConfigOfSystems(t *testing.T) {
+	other := arches[slices.IndexFunc(arches, func(a *arch) bool { return a.name != hostArchName() })]
 	for _, tt := range []struct {
 		cfg  Config
 		want string
 	}{
 		{Config{Systems: []string{"vax-linux"}}, "no guests for the system"},
+		{Config{Systems: []string{other.systems[0]}, Accel: "kvm"}, "not to be emulated"},
 		{Config{KVMInBuilds: "yes"}, "auto, emulated and off"},
 	} {
 		tt.cfg.StateDir = t.TempDir()

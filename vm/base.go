@@ -157,7 +157,10 @@ type System struct {
 	Kernel string `json:"kernel,omitempty"`
 }
 
-const whyOff = "it is switched off (--systems)"
+const (
+	whyOff         = "it is switched off (--systems)"
+	whyNotEmulated = "guests are not to be emulated (--accel kvm)"
+)
 
 // Systems tells of each system whether it is offered, without booting anything.
 func (r *Runner) Systems() []System {
@@ -183,7 +186,7 @@ func (r *Runner) Systems() []System {
 		if slices.ContainsFunc(now.bases, func(b *base) bool { return b.arch == a }) {
 			continue
 		}
-		off := System{WhyNot: "guests are not to be emulated (--accel kvm)"}
+		off := System{WhyNot: whyNotEmulated}
 		switch why := now.lacking[a].why; {
 		case !r.cfg.wants(a):
 			off.SwitchedOff, off.WhyNot = true, whyOff

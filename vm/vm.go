@@ -257,8 +257,11 @@ func (c *Config) complete() error {
 		return errors.New("vm: negative number in Config")
 	}
 	for _, name := range c.Systems {
-		if archOf(name) == nil {
+		switch a := archOf(name); {
+		case a == nil:
 			return fmt.Errorf("there are no guests for the system %q", name)
+		case c.Accel == "kvm" && a.name != hostArchName():
+			return fmt.Errorf("set up %s: %s", name, whyNotEmulated)
 		}
 	}
 	if c.Certificates != "" {
