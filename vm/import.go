@@ -81,8 +81,7 @@ func Import(stateDir, from string) (_ Imported, err error) {
 	return got, nil
 }
 
-// replaceDir puts the folder temp in the place of at, which may exist. temp's
-// name stays behind, with what was replaced if there was something.
+// replaceDir puts the folder temp in the place of at, which may exist.
 func replaceDir(temp, at string) error {
 	old := temp + ".old"
 	if err := os.Rename(at, old); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -285,13 +284,15 @@ func (im *importer) checkModules(dir string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("kernel module %s: %w", name, err)
 	}
-	if machine != im.image.elf {
+	switch {
+	case machine != im.image.elf:
 		return "", fmt.Errorf("the kernel is for %s, and its modules are for another machine (%v)", im.image.name, machine)
+	case im.release == "":
+		return release, checkKernelName(release)
+	case release != "" && release != im.release:
+		return "", fmt.Errorf("the kernel is %s, and its modules are for %.80q", im.release, release)
 	}
-	if im.release != "" {
-		return im.release, nil
-	}
-	return release, checkKernelName(release)
+	return im.release, nil
 }
 
 // keepShell moves the busybox to its place and returns its architecture.

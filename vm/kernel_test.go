@@ -394,6 +394,7 @@ func TestImportRefused(t *testing.T) {
 		{"evil release", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": bzImage("6/../../x")}), "bad kernel release"},
 		{"hidden release", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": bzImage("..")}), "bad kernel release"},
 		{"modules for another machine", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": bzImage("6.1.0"), "a.ko": koFileFor(elf.EM_AARCH64)}), "another machine"},
+		{"modules for another kernel", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": bzImage("6.1.0"), "a.ko": koFile("vermagic=6.12.0 SMP")}), "modules are for \"6.12.0\""},
 		{"modules that do not tell", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": arm64Image(), "a.ko": koFileFor(elf.EM_AARCH64)}), "bad kernel release"},
 		{"modules that lie", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": arm64Image(), "a.ko": koFileFor(elf.EM_AARCH64, "vermagic=../x SMP")}), "bad kernel release"},
 		{"unknown compression", "k.deb", debFile(t, "", map[string][]byte{"boot/vmlinuz": zbootImage(t, "lzo", "", arm64Image())}), "compressed by"},
