@@ -2,11 +2,7 @@ package vm
 
 import (
 	"bytes"
-	"errors"
-	"io/fs"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"testing"
 )
 
@@ -17,23 +13,11 @@ func TestTemplateOfAArch64(t *testing.T) {
 	if from == "" {
 		t.Skip("NBD_TEST_AARCH64 names no folder with a kernel and a busybox for aarch64 guests; contrib/test fetches them")
 	}
-	shared, err := testState()
-	if err != nil {
-		t.Fatal(err)
-	}
-	state := t.TempDir()
-	if err := os.CopyFS(filepath.Join(state, kernelsDir), os.DirFS(filepath.Join(shared, kernelsDir))); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		t.Fatal(err)
-	}
+	state := ownState(t)
 	if _, err := Import(state, from); err != nil {
 		t.Fatal(err)
 	}
-	agent := filepath.Join(t.TempDir(), "agent")
-	build := exec.Command("go", "build", "-trimpath", "-o", agent, "nbd/vm/guest/agent")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH=arm64")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
+	agent := buildProgram(t, "nbd/vm/guest/agent", "GOARCH=arm64")
 	blobs := memBlobs{}
 	spec := shellSpec("aarch64", "uname -m; nproc; cat /proc/sys/kernel/random/boot_id; echo > $out", blobs, file("x"), t)
 	spec.Drv.System, spec.Cores = "aarch64-linux", 1

@@ -16,13 +16,7 @@ func TestCheckStatic(t *testing.T) {
 	if err := os.WriteFile(source, []byte("package main\nfunc main() {}\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	static := filepath.Join(dir, "static")
-	build := exec.Command("go", "build", "-o", static, source)
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	if err := checkStatic(static); err != nil {
+	if err := checkStatic(buildProgram(t, source)); err != nil {
 		t.Errorf("a static program is refused: %v", err)
 	}
 	shell, err := exec.LookPath("ssh")

@@ -54,6 +54,33 @@ var testState = sync.OnceValues(func() (string, error) {
 	return dir, nil
 })
 
+// ownState returns a state directory of the test's own, with the kernels of
+// testState.
+func ownState(t testing.TB) string {
+	t.Helper()
+	state := t.TempDir()
+	shared, err := testState()
+	if err == nil {
+		err = os.CopyFS(filepath.Join(state, kernelsDir), os.DirFS(filepath.Join(shared, kernelsDir)))
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return state
+}
+
+// buildProgram returns the path of a static program.
+func buildProgram(t testing.TB, source string, env ...string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "program")
+	build := exec.Command("go", "build", "-trimpath", "-o", path, source)
+	build.Env = append(append(os.Environ(), "CGO_ENABLED=0"), env...)
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return path
+}
+
 // testInit returns a program that can be a guest's init: this one, unless it was
 // built for the race detector and so with a dynamic linker.
 var testInit = sync.OnceValues(func() (string, error) {

@@ -52,7 +52,7 @@ type readClosure struct {
 // newReadClosure makes paths of 60 files each, of 0 to 16 KiB.
 func newReadClosure(b *testing.B, files int) *readClosure {
 	b.Helper()
-	c := &readClosure{dir: filepath.Join(b.TempDir(), "files"), reader: filepath.Join(b.TempDir(), "reader")}
+	c := &readClosure{dir: filepath.Join(b.TempDir(), "files"), reader: buildProgram(b, "./testdata/reader")}
 	state := b.TempDir()
 	must := func(err error) {
 		if err != nil {
@@ -64,11 +64,6 @@ func newReadClosure(b *testing.B, files int) *readClosure {
 	must(err)
 	c.kernel, err = findKernel(state, "", archX8664)
 	must(err)
-	compile := exec.Command("go", "build", "-o", c.reader, "./testdata/reader")
-	compile.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := compile.CombinedOutput(); err != nil {
-		b.Fatalf("%v\n%s", err, out)
-	}
 	text := strings.Repeat("the quick brown fox jumps over the lazy dog\n", 400)
 	for c.files < files {
 		name := fmt.Sprintf("%032d-package", c.files)

@@ -1,9 +1,7 @@
 package vm
 
 import (
-	"errors"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
@@ -15,14 +13,7 @@ func TestTemplatesAreKept(t *testing.T) {
 	if testing.Short() {
 		t.Skip("tests that boot guests are left out with -short")
 	}
-	state := t.TempDir()
-	shared, err := testState()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.CopyFS(filepath.Join(state, kernelsDir), os.DirFS(filepath.Join(shared, kernelsDir))); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		t.Fatal(err)
-	}
+	state := ownState(t)
 	shell, err := findShell(state, "", archX8664)
 	if err != nil {
 		t.Fatal(err)

@@ -460,15 +460,8 @@ func TestRunInputBreaks(t *testing.T) {
 // Whether this machine's KVM works is found out by booting, in bounded time,
 // and remembered: a second Runner knows without a guest.
 func TestQualify(t *testing.T) {
-	state := t.TempDir()
+	state := ownState(t)
 	change := func(c *Config) { c.StateDir, c.Accel = state, "auto" }
-	shared, err := testState()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.CopyFS(filepath.Join(state, kernelsDir), os.DirFS(filepath.Join(shared, kernelsDir))); err != nil && !errors.Is(err, os.ErrNotExist) {
-		t.Fatal(err)
-	}
 	first := newTestRunner(t, nil, change)
 	s, err := first.Qualify(t.Context(), false)
 	if err != nil {

@@ -6,8 +6,6 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -22,7 +20,10 @@ const siblingCount = 8
 func TestSiblings(t *testing.T) {
 	blobs := memBlobs{}
 	r := newTestRunner(t, blobs, nil)
-	self := siblingProgram(t)
+	self, err := os.ReadFile(buildProgram(t, "./testdata/sibling"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	spec := func(i int) *Spec {
 		s := shellSpec(fmt.Sprint("sibling", i), "", blobs, program(string(self)), t)
 		s.Drv.Builder, s.Drv.Args = s.Drv.Env["in"], nil
@@ -70,22 +71,6 @@ func TestSiblings(t *testing.T) {
 	}
 }
 
-// siblingProgram returns the builder, testdata/sibling.
-func siblingProgram(t *testing.T) []byte {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "sibling")
-	compile := exec.Command("go", "build", "-o", path, "./testdata/sibling")
-	compile.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := compile.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return text
-}
-
 // checkTime compares what a builder took for the time with when it ran.
 func checkTime(t *testing.T, text string, res *Result) {
 	var nano int64
@@ -120,9 +105,7 @@ func TestStarts(t *testing.T) {
 		func() {
 			ctx, stop := context.WithCancel(t.Context())
 			defer stop()
-			disks := emptyDisks()
-			defer disks.sink.Close()
-			g, err := r.startGuest(ctx, p, m, disks, spec)
+			g, err := r.startGuest(ctx, p, m, emptyDisks(), spec)
 			if err != nil || !g.restored {
 				t.Fatalf("start %d: %v", i, err)
 			}
