@@ -2,6 +2,7 @@ package vm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -125,10 +126,10 @@ func (r *Runner) refresh(ctx context.Context, b *base, p *platform) (*platform, 
 	fresh, err := r.find(ctx, b, false)
 	if err == nil && p.canNest() {
 		if err = r.tryNested(ctx, fresh); err != nil {
-			b.old = append(b.old, fresh)
+			err = errors.Join(err, fresh.boot.close())
 		}
 	}
-	if ctx.Err() != nil {
+	if err != nil && ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
 	if err != nil {
