@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"reflect"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -17,7 +18,7 @@ import (
 // messages holds one of each type, with every field set.
 var messages = []Message{
 	&Hello{Version: Version, Kernel: "6.1.0-56-cloud-amd64", Features: []string{"kvm"}},
-	&Wake{Entropy: bytes.Repeat([]byte{0xa5}, MinEntropy), Time: 1700000000123456789},
+	&Wake{Entropy: bytes.Repeat([]byte{0xa5}, MinEntropy), Time: 1700000000123456789, CPUs: 3},
 	&Awake{},
 	&Beat{},
 	&Beat{Usage: &Usage{CPUUser: time.Second, CPUSystem: 1, PeakMemory: 1 << 33, PeakScratch: 4096}},
@@ -32,7 +33,9 @@ var messages = []Message{
 		Files:   []File{{Name: ".attrs.json", Data: []byte("{}")}},
 		Inputs:  []string{"26xbg1ndr7hbcncrlf9nhx5is2b25d13-busybox"},
 		Outputs: []Output{{Name: "out", Path: "/nix/store/8b5pmbnyr2pqd7whh57s7pk4yj4g0m4c-hello"}},
-		KVM:     true, MemoryMiB: 2048, MaxProcesses: 1000, Unconfined: true,
+		Network: &Network{MAC: "52:54:00:00:00:01", MTU: 1500, Addresses: []string{"192.0.0.2/29"}, Gateways: []string{"192.0.0.1"},
+			Nameserver: "192.0.0.1", Certificates: []byte("PEM")},
+		FixedOutput: true, KVM: true, CPUs: 2, MemoryMiB: 2048, MaxProcesses: 1000, Unconfined: true,
 	},
 	&Outputs{Outputs: []OutputInfo{{Name: "out", Size: 1 << 40}}},
 	&Result{
@@ -40,6 +43,31 @@ var messages = []Message{
 		Usage:    Usage{CPUUser: time.Second, CPUSystem: time.Millisecond, PeakMemory: 1 << 33, PeakScratch: 4096},
 		OOMKills: 1, ProcessLimit: 2, DiskFull: true, IOErrors: true,
 	},
+}
+
+// What the other tests send is whole, also when a message gets a new field.
+func TestMessagesAreWhole(t *testing.T) {
+	var check func(name string, v reflect.Value)
+	check = func(name string, v reflect.Value) {
+		if v.IsZero() {
+			t.Errorf("%s is not set", name)
+			return
+		}
+		if v.Kind() == reflect.Pointer {
+			v = v.Elem()
+		}
+		if v.Kind() != reflect.Struct {
+			return
+		}
+		for i := range v.NumField() {
+			check(name+"."+v.Type().Field(i).Name, v.Field(i))
+		}
+	}
+	for _, m := range messages {
+		if v := reflect.ValueOf(m).Elem(); !v.IsZero() { // some are sent empty
+			check(m.messageType(), v)
+		}
+	}
 }
 
 func TestWarm(t *testing.T) {
