@@ -8,18 +8,11 @@ import (
 )
 
 // A process that eats more than its group's memory is killed, and the group
-// goes with what is in it. Where groups are not permitted there must be a
-// reason.
+// goes with what is in it.
 func TestCgroup(t *testing.T) {
 	f, weak, err := newCgroups()
 	if err != nil {
-		if os.Geteuid() == 0 {
-			t.Logf("no cgroups, though root: %v", err)
-		}
-		if err.Error() == "" {
-			t.Error("no reason")
-		}
-		return
+		t.Skipf("nothing can be tried where cgroups are not permitted: %v", err)
 	}
 	defer func() {
 		if err := f.close(); err != nil {
@@ -28,7 +21,8 @@ func TestCgroup(t *testing.T) {
 	}()
 	t.Logf("weaknesses: %q", weak)
 	t.Run("limit", func(t *testing.T) {
-		g, err := f.create(cgroupName(os.Getpid(), 1<<40), 32)
+		name := cgroupName(os.Getpid(), 1<<40)
+		g, err := f.create(name, 32)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -37,13 +31,13 @@ func TestCgroup(t *testing.T) {
 			t.Fatal(err)
 		}
 		for file, want := range map[string]string{"memory.memsw.limit_in_bytes": "33554432\n", "memory.swap.max": "0\n"} {
-			got, err := os.ReadFile(filepath.Join(dir, cgroupName(os.Getpid(), 1<<40), file))
+			got, err := os.ReadFile(filepath.Join(dir, name, file))
 			if err == nil && string(got) != want {
 				t.Errorf("%s is %q", file, got)
 			}
 		}
 		var c console
-		p, err := startProcess(command{path: inPath(t, "sh"), args: []string{"-c", "sleep 0.2; x=$(head -c 200000000 /dev/zero | tr '\\0' x); echo survived"}, uid: -1, group: g, output: &c})
+		p, err := startProcess(command{path: inPath(t, "sh"), args: []string{"-c", "until grep -q " + name + " /proc/self/cgroup; do sleep 0.01; done; x=$(head -c 200000000 /dev/zero | tr '\\0' x); echo survived"}, uid: -1, group: g, output: &c})
 		if err != nil {
 			t.Fatal(err)
 		}
