@@ -27,7 +27,8 @@ func benchmarkStart(b *testing.B, start func(context.Context, *Runner, *platform
 		if err := g.close(); err != nil {
 			b.Fatal(err)
 		}
-		cpu += g.proc.cpu()
+		used := g.proc.cmd.ProcessState
+		cpu += used.UserTime() + used.SystemTime()
 	}
 	b.ReportMetric(cpu.Seconds()/float64(b.N), "cpu-s/op")
 }

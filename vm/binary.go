@@ -10,20 +10,32 @@ import (
 // checkStatic refuses a program that cannot be the init of a guest because it
 // needs a dynamic linker, which guests do not have.
 func checkStatic(path string) error {
-	f, err := elf.Open(path)
+	static, err := isStatic(path)
 	if err != nil {
 		return fmt.Errorf("read program for guests: %w", err)
+	}
+	if !static {
+		return &MissingError{
+			What: path + " is not a static program, so it cannot start in a guest",
+			Hint: "build nbd with CGO_ENABLED=0",
+		}
+	}
+	return nil
+}
+
+// isStatic reports whether a program needs no dynamic linker.
+func isStatic(path string) (bool, error) {
+	f, err := elf.Open(path)
+	if err != nil {
+		return false, fmt.Errorf("%s: %w", path, err)
 	}
 	defer f.Close()
 	for _, p := range f.Progs {
 		if p.Type == elf.PT_INTERP {
-			return &MissingError{
-				What: path + " is not a static program, so it cannot start in a guest",
-				Hint: "build nbd with CGO_ENABLED=0",
-			}
+			return false, nil
 		}
 	}
-	return nil
+	return true, nil
 }
 
 // loadedSize returns how many bytes of a file of size bytes are needed to run

@@ -17,8 +17,8 @@ type Kernel struct {
 	Name string `json:"name"`
 	// Arch is the architecture that it is for, as uname -m tells it.
 	Arch string `json:"arch"`
-	// Image is the path of the bzImage, Modules that of the folder in and
-	// below which its modules lie.
+	// Image is the path of the image, Modules that of the folder in and below
+	// which its modules lie.
 	Image   string `json:"image"`
 	Modules string `json:"modules"`
 	// Imported reports that it lies in the state directory.

@@ -11,8 +11,8 @@ import (
 // A Load is what all guests together take of the host now, in MiB.
 type Load struct{ MemoryMiB, DiskMiB int }
 
-// Load tells what the guests that run take of the host now. What QEMU shares with
-// nothing else counts, and what the scratch disks occupy.
+// Load tells what the guests that run take of the host now: the memory of their
+// QEMUs, and what their scratch disks occupy.
 func (r *Runner) Load() Load {
 	return Load{MemoryMiB: int(r.processes.resident() >> 20), DiskMiB: int(r.scratches.taken() >> 20)}
 }

@@ -259,18 +259,3 @@ func parseModinfo(info []byte) []string {
 	}
 	return append(soft, hard...)
 }
-
-// isStatic reports whether a program needs no dynamic linker.
-func isStatic(path string) (bool, error) {
-	f, err := elf.Open(path)
-	if err != nil {
-		return false, fmt.Errorf("%s: %w", path, err)
-	}
-	defer f.Close()
-	for _, p := range f.Progs {
-		if p.Type == elf.PT_INTERP {
-			return false, nil
-		}
-	}
-	return true, nil
-}

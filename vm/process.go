@@ -179,13 +179,3 @@ func (p *process) exit() string {
 	}
 	return p.err.Error()
 }
-
-// cpu returns the CPU time that the process used. It may be called after done is
-// closed.
-func (p *process) cpu() time.Duration {
-	s := p.cmd.ProcessState
-	if s == nil {
-		return 0
-	}
-	return s.UserTime() + s.SystemTime()
-}

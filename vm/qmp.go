@@ -42,12 +42,8 @@ func (e *qmpError) Error() string { return e.Desc }
 type qmpEvent struct {
 	Name string
 	Data struct {
-		Status  string `json:"status"` // MIGRATION
-		Reason  string `json:"reason"` // SHUTDOWN, BLOCK_IO_ERROR
-		Action  string `json:"action"` // GUEST_PANICKED, BLOCK_IO_ERROR
-		Device  string `json:"device"` // BLOCK_IO_ERROR
-		Node    string `json:"node-name"`
-		Guest   bool   `json:"guest"`   // SHUTDOWN: asked for by the guest
+		Status  string `json:"status"`  // MIGRATION
+		Reason  string `json:"reason"`  // SHUTDOWN
 		NoSpace bool   `json:"nospace"` // BLOCK_IO_ERROR: the host's disk is full
 	}
 }
