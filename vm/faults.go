@@ -2,7 +2,6 @@ package vm
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync/atomic"
 	"syscall"
@@ -79,10 +78,7 @@ type faultyWriter struct {
 
 func (w *faultyWriter) Write(p []byte) (int, error) {
 	if err := w.fault.Write(); err != nil {
-		return 0, fmt.Errorf("store output: %w", errors.Join(err, errAskedFor))
+		return 0, fmt.Errorf("store output: %w (a fault that was asked for)", err)
 	}
 	return w.OutputWriter.Write(p)
 }
-
-// errAskedFor marks errors that nothing but a fault has made.
-var errAskedFor = errors.New("a fault that was asked for")

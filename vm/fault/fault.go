@@ -1,7 +1,7 @@
 // Package fault breaks builds on purpose, so that it can be seen from outside
-// that the server bears what breaks. A Plan gives the first run of a build its
-// first fault, the second run the second one, and so on. A nil Plan, which is
-// what every server has that was not told otherwise, has none.
+// that the server bears what breaks. A Plan gives the first run that begins, of
+// whatever build, its first fault, the second one the second, and so on. A nil
+// Plan, which is what every server has that was not told otherwise, has none.
 //
 // The faults of guests are made by package vm. Those of stored inputs are made
 // by who opens them: it learns from the context (From) what the run meets.
