@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -33,7 +34,8 @@ type fakeGuest struct {
 	inputs, sink  *nbdClient
 }
 
-// fakeQEMU is the main function.
+// fakeQEMUMain is the main function. Its QEMU runs until it is killed, like a
+// machine that nobody turns off.
 func fakeQEMUMain() {
 	if len(os.Args) == 2 && os.Args[1] == "--version" {
 		fmt.Println("QEMU emulator version 7.2.22 (of a test)")
@@ -44,15 +46,19 @@ func fakeQEMUMain() {
 		fmt.Fprintln(os.Stderr, "fake QEMU:", err)
 		os.Exit(1)
 	}
-	name := strings.TrimPrefix(filepath.Base(os.Args[0]), fakeQEMUPrefix)
-	if play := fakeStarts[name]; play != nil {
-		play(g)
-		// Until it is killed, like a machine that nobody turns off. Go ends a
-		// program in which nothing can happen any more.
-		for {
-			time.Sleep(time.Hour)
-		}
+	play := fakeStarts[strings.TrimPrefix(filepath.Base(os.Args[0]), fakeQEMUPrefix)]
+	if play == nil {
+		play = (*fakeGuest).build
 	}
+	play(g)
+	// Go ends a program in which nothing can happen any more.
+	for {
+		time.Sleep(time.Hour)
+	}
+}
+
+// build plays an honest agent that is given a build, and then what that says.
+func (g *fakeGuest) build() {
 	go g.answerQMP()
 	order, err := g.boot()
 	if err != nil {
@@ -64,7 +70,6 @@ func fakeQEMUMain() {
 			fakePlays[play](g)
 		}
 	}
-	select {}
 }
 
 // newFakeGuest takes over the inherited sockets.
@@ -142,8 +147,7 @@ func (g *fakeGuest) connect(c *nbdClient) *nbdClient {
 
 // succeed plays the end of a build whose output is nar, of which it tells size.
 func (g *fakeGuest) succeed(nar []byte, size int64) {
-	padded := append(bytes.Clone(nar), make([]byte, (link.OutputAlign-len(nar)%link.OutputAlign)%link.OutputAlign)...)
-	if g.connect(g.sink).write(padded, 0) != nil {
+	if g.connect(g.sink).write(aligned(nar), 0) != nil {
 		return
 	}
 	g.say(&link.Outputs{Outputs: []link.OutputInfo{{Name: "out", Size: size}}}, &link.Result{Kind: link.Exited})
@@ -205,7 +209,8 @@ func newFakeRunner(t testing.TB, program, start string, blobs Blobs) *Runner {
 	state := t.TempDir()
 	writeFiles(t, state, map[string][]byte{"kernels/6.1.0-fake/vmlinuz": bzImage("6.1.0-fake"), filepath.Join("kernels/6.1.0-fake", importedFiles, "none"): nil})
 	r, err := New(Config{StateDir: state, Blobs: blobs, Accel: "tcg", QEMU: name, Kernel: "6.1.0-fake", Binary: init,
-		Busybox: init, ColdBoot: true, MaxOutput: 1 << 20})
+		Busybox: init, ColdBoot: true, MaxOutput: 1 << 20,
+		Logger: slog.New(slog.NewTextHandler(leftovers{t}, &slog.HandlerOptions{Level: slog.LevelError}))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -219,4 +224,15 @@ func newFakeRunner(t testing.TB, program, start string, blobs Blobs) *Runner {
 		}
 	})
 	return r
+}
+
+// leftovers is where a Runner of a test logs. That something of a guest could not
+// be removed is a failure.
+type leftovers struct{ t testing.TB }
+
+func (l leftovers) Write(p []byte) (int, error) {
+	if bytes.Contains(p, []byte("remove guest")) {
+		l.t.Errorf("%s", p)
+	}
+	return len(p), nil
 }

@@ -232,6 +232,23 @@ func TestConsole(t *testing.T) {
 	}
 }
 
+// The user id of a process that does not end is not given to another.
+func TestUndeadKeepsItsID(t *testing.T) {
+	all := &ids{first: 64000, used: make([]bool, 1)}
+	g := new(guestVM)
+	g.ctx, g.cancel = context.WithCancelCause(t.Context())
+	if _, _, err := g.takeIDs(all); err != nil {
+		t.Fatal(err)
+	}
+	g.undead = true // it was started, and could neither be confined nor killed
+	if err := g.close(); err != nil {
+		t.Error(err)
+	}
+	if id, _, err := all.take(); err == nil {
+		t.Errorf("%d is given away", id)
+	}
+}
+
 // Who waits for a process that the kernel does not let go gets an answer.
 func TestProcessThatDoesNotEnd(t *testing.T) {
 	cmd := exec.Command(inPath(t, "sleep"), "1000")

@@ -160,6 +160,7 @@ func (g *guestVM) takeIDs(all *ids) (uid, gid int, err error) {
 // startQEMU starts the guest's process.
 func (g *guestVM) startQEMU(r *Runner, c command) (err error) {
 	if g.proc, err = startProcess(c); err != nil {
+		g.undead = errors.Is(err, errUndead)
 		return fmt.Errorf("%w%s", err, g.console.summary())
 	}
 	gone := r.processes.add(g.proc.cmd.Process.Pid)
@@ -209,7 +210,10 @@ func (g *guestVM) serve(ends []net.Conn, disks guestDisks, logger *slog.Logger) 
 	g.ctl, g.control, g.log = link.Host(at(fdControl)), at(fdControl), at(fdLog)
 	in := disks.inputs.Serve(oneConn(at(fdInputs)), logger)
 	out := disks.sink.Serve(oneConn(at(fdSink)), logger)
-	g.cleanup = append(g.cleanup, at(fdControl).Close, at(fdLog).Close, in.Close, out.Close)
+	g.cleanup = append(g.cleanup, func() error {
+		closeAll([]net.Conn{at(fdControl), at(fdLog)})
+		return nil
+	}, in.Close, out.Close)
 }
 
 // close kills the guest, waits until nothing of it is left and returns what
@@ -219,8 +223,8 @@ func (g *guestVM) close() error {
 	var errs []error
 	if g.proc != nil {
 		errs = append(errs, g.proc.stop())
+		g.undead = errs[0] != nil
 	}
-	g.undead = errors.Join(errs...) != nil
 	for i := len(g.cleanup) - 1; i >= 0; i-- {
 		errs = append(errs, g.cleanup[i]())
 	}
