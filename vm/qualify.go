@@ -317,9 +317,7 @@ func (r *Runner) bootOnce(ctx context.Context, p *platform, m machine) (err erro
 			fmt.Errorf("it did not boot within %v", kvmDeadline))
 		defer stop()
 	}
-	disks := emptyDisks()
-	defer disks.sink.Close()
-	g, err := r.cold(ctx, p, m, disks, wholeMachine(m))
+	g, err := r.cold(ctx, p, m, emptyDisks(), wholeMachine(m))
 	if err != nil {
 		return err
 	}

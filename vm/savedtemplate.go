@@ -26,8 +26,9 @@ import (
 //
 // The file is savedMagic; the length of the header, a 32-bit number with its
 // lowest byte first; the header, a savedHeader in JSON; QEMU's state; the parts
-// of memory and those of the scratch disk; and the SHA-256 of everything before it. Its name is the template's
-// id, and the time of its last change that of when it was last read.
+// of memory and those of the scratch disk; and the SHA-256 of everything before
+// it. Its name is the template's id, and the time of its last change that of when
+// it was last read.
 
 // templatesDir is where in the state directory they lie.
 const templatesDir = "templates"
@@ -250,6 +251,11 @@ func decodeTemplate(file io.Reader, size int64, id string) (_ *template, err err
 type templateStore struct {
 	dir    string
 	budget int64 // bytes of all of them
+}
+
+// newSavedTemplates returns the folder of templates in a state directory.
+func newSavedTemplates(state string, budget int64) *templateStore {
+	return &templateStore{dir: filepath.Join(state, templatesDir), budget: budget}
 }
 
 func (s *templateStore) path(id string) string { return filepath.Join(s.dir, id) }

@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"os"
-	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 )
 
@@ -147,7 +147,7 @@ func (r *Runner) renewTemplates(p *platform) {
 // last first.
 func (r *Runner) staleTemplates(p *platform) (machines []machine) {
 	again := func(m machine) {
-		if m.onDemand == p.onDemand && (!m.kvm || p.boot.nested != nil) {
+		if m.onDemand == p.onDemand && (!m.kvm || p.boot.nested != nil) && !slices.Contains(machines, m) {
 			machines = append(machines, m)
 		}
 	}
@@ -181,9 +181,4 @@ func (r *Runner) staleTemplates(p *platform) (machines []machine) {
 		}
 	}
 	return machines
-}
-
-// newSavedTemplates returns the folder of templates in a state directory.
-func newSavedTemplates(state string, budget int64) *templateStore {
-	return &templateStore{dir: filepath.Join(state, templatesDir), budget: budget}
 }

@@ -16,7 +16,7 @@ import (
 )
 
 // A template is a guest that has booted and was saved. Clones get a copy of its
-// memory, of the hundred or so MiB that are in use.
+// scratch disk and of its memory, of the hundred or so MiB that are in use.
 //
 // Sharing the memory, mapped privately by each clone, would start a guest a
 // tenth of a second sooner, and then cost far more: a page that a clone touches
@@ -26,7 +26,7 @@ import (
 type template struct {
 	ram, state, disk *os.File // memfds; the last one is the scratch disk
 	mu               sync.Mutex
-	users            int // clones being started, and one for being in the table
+	users            int // the table, clones being started, and who writes it to the disk
 }
 
 // newTemplate returns a template that is to be filled, with one use.
@@ -74,8 +74,7 @@ func (t *template) bytes() int64 {
 	return sum
 }
 
-// release gives up one use of the template. Guests that run hold its memory by
-// themselves.
+// release gives up one use of the template. Guests that run have copies.
 func (t *template) release() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -164,9 +163,7 @@ func (r *Runner) saveGuest(ctx context.Context, p *platform, m machine) (_ *temp
 	if err != nil {
 		return nil, err
 	}
-	disks := emptyDisks()
-	defer disks.sink.Close()
-	g, err := r.launch(ctx, p, m, modeBoot, t.ram, scratch, disks, wholeMachine(m))
+	g, err := r.launch(ctx, p, m, modeBoot, t.ram, scratch, emptyDisks(), wholeMachine(m))
 	if err != nil {
 		return nil, err
 	}

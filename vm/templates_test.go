@@ -3,6 +3,8 @@ package vm
 import (
 	"context"
 	"errors"
+	"log/slog"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -50,6 +52,13 @@ func (m *testMaker) maker() templateMaker {
 			return made, nil
 		},
 		keep: func(_ string, t *template) { m.keeps.Add(1); t.release() },
+	}
+}
+
+// fail has the making of a template fail.
+func (m *testMaker) fail(err error) {
+	for range templateTries {
+		m.boots <- err
 	}
 }
 
@@ -153,10 +162,21 @@ func TestTemplateIsLoaded(t *testing.T) {
 	})
 }
 
+// An emulator that crashed once is given another chance at once.
+func TestTemplateIsTriedAgain(t *testing.T) {
+	templatesTest(t, func(t *testing.T, all *templates, p *platform, m *testMaker) {
+		m.boots <- errors.New("it crashed")
+		m.ready(all, p, sized(2, 2560)).release()
+		if _, failures := all.count(); len(failures) != 0 || m.booted.Load() != 2 || m.keeps.Load() != 1 {
+			t.Errorf("made %d times, kept %d times, failures %v", m.booted.Load(), m.keeps.Load(), failures)
+		}
+	})
+}
+
 func TestTemplateFailureIsRemembered(t *testing.T) {
 	templatesTest(t, func(t *testing.T, all *templates, p *platform, m *testMaker) {
 		bad := errors.New("no luck")
-		m.boots <- bad
+		m.fail(bad)
 		all.want(p, sized(2, 2560), m.maker())
 		synctest.Wait()
 		for range 3 {
@@ -166,7 +186,7 @@ func TestTemplateFailureIsRemembered(t *testing.T) {
 			}
 			cold()
 		}
-		if m.booted.Load() != 1 {
+		if m.booted.Load() != templateTries {
 			t.Errorf("tried %d times", m.booted.Load())
 		}
 		if ready, failures := all.count(); ready != 0 || len(failures) != 1 {
@@ -212,7 +232,7 @@ func TestLargerTemplate(t *testing.T) {
 			} else {
 				cold()
 			}
-			m.boots <- errors.New("enough")
+			m.fail(errors.New("enough"))
 			synctest.Wait()
 		}
 	})
@@ -282,6 +302,33 @@ func TestTemplatesFitIntoMemory(t *testing.T) {
 			t.Error("what does not fit is kept, or what is new is not")
 		}
 	})
+}
+
+// What was replaced was in memory, on the disk, or both, and is made anew once.
+func TestStaleTemplates(t *testing.T) {
+	old, fresh := testPlatform("old"), testPlatform("new")
+	r := &Runner{cfg: Config{Logger: slog.New(slog.DiscardHandler)}, templates: newTemplates(1<<30, 1), saved: newSavedTemplates(t.TempDir(), 1<<30)}
+	both, memory, disk, nested := sized(1, 2560), sized(2, 2560), sized(4, 2560), sized(8, 2560)
+	nested.kvm = true // which guests of the new platform do not have
+	for _, m := range []machine{both, memory, nested} {
+		id := old.templateID(m)
+		r.templates.byID[id] = &templateSlot{id: id, machine: m, p: old, template: emptyTemplate(t)}
+	}
+	for _, m := range []machine{both, disk, nested} {
+		if err := r.saved.save(old.templateID(m), m, filledTemplate(t, m)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var vcpus []int
+	for _, m := range r.staleTemplates(fresh) {
+		vcpus = append(vcpus, m.vcpus)
+	}
+	if slices.Sort(vcpus); !slices.Equal(vcpus, []int{1, 2, 4}) {
+		t.Errorf("made anew: %v", vcpus)
+	}
+	if left, err := r.saved.list(); len(left)+len(r.templates.byID) > 0 || err != nil {
+		t.Errorf("left: %v, %v, %v", r.templates.byID, left, err)
+	}
 }
 
 // Templates of a kernel that was replaced go, also the one that is being made.

@@ -11,9 +11,10 @@
 //     No bytes of the inputs are copied.
 //  3. The guest starts as a clone of a template: a guest of the same shape that
 //     booted once and was saved just after its agent said hello. It gets a copy
-//     of the template's memory and state. When that fails the template is dropped
-//     and made anew, and the guest boots from cold. Templates are made in the
-//     background and kept on the disk (templates.go, savedtemplate.go).
+//     of the template's memory, scratch disk and state. When that fails the
+//     template is dropped and made anew, and the guest boots from cold. Templates
+//     are made in the background and kept on the disk (templates.go,
+//     savedtemplate.go).
 //  4. Clones wake as twins. The host sends entropy and the time; the agent refuses
 //     work before.
 //  5. The host sends the build order. The log arrives on a port of its own, the
