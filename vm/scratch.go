@@ -5,7 +5,6 @@ import (
 	"compress/zlib"
 	"embed"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"math/bits"
@@ -24,8 +23,8 @@ var scratchTemplates embed.FS
 // MaxScratchMiB is the size of the largest scratch disk.
 const MaxScratchMiB = 1 << 20
 
-// ScratchSize returns the size in bytes of the disk that NewScratch makes for
-// sizeMiB: sizeMiB rounded up to a power of two of GiB, at least 1 GiB. The
+// ScratchSize returns the size in bytes of the scratch disk of a build that wants
+// sizeMiB: that, rounded up to a power of two of GiB, at least 1 GiB. The
 // guest can fill no more than that, some 1.6 % less for the file system's own
 // tables.
 func ScratchSize(sizeMiB int) (int64, error) {
@@ -33,32 +32,13 @@ func ScratchSize(sizeMiB int) (int64, error) {
 	return int64(gib) << 30, err
 }
 
-// scratchGiB returns the name of the template for sizeMiB.
+// scratchGiB returns that size in GiB, which is the name of its template.
 func scratchGiB(sizeMiB int) (int, error) {
 	if sizeMiB <= 0 || sizeMiB > MaxScratchMiB {
 		return 0, fmt.Errorf("scratch disk of %d MiB: must be 1 to %d", sizeMiB, MaxScratchMiB)
 	}
 	gib := (sizeMiB + 1023) / 1024
 	return 1 << bits.Len(uint(gib-1)), nil
-}
-
-// NewScratch creates the file path, which must not exist, as a scratch disk,
-// and returns the disk's size. Only its owner may read or write the file. It
-// leaves no file behind when it fails.
-func NewScratch(path string, sizeMiB int) (size int64, err error) {
-	gib, err := scratchGiB(sizeMiB)
-	if err != nil {
-		return 0, err
-	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return 0, fmt.Errorf("create scratch disk: %w", err)
-	}
-	err = errors.Join(writeScratch(f, gib), f.Close())
-	if err != nil {
-		return 0, errors.Join(err, os.Remove(path))
-	}
-	return int64(gib) << 30, nil
 }
 
 // writeScratch makes an empty file a scratch disk of so many GiB, a power of two.
