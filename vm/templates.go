@@ -9,9 +9,13 @@ import (
 	"time"
 )
 
-// templateRetry is how long guests boot from cold after a template could not be
-// made, or did not work twice.
-const templateRetry = 10 * time.Minute
+// templateTries is how often it is tried to make a template, one time after the
+// other: emulators crash now and then. templateRetry is how long guests boot from
+// cold after that, or when one did not work twice.
+const (
+	templateTries = 2
+	templateRetry = 10 * time.Minute
+)
 
 // templates holds a template for each kind of machine that was asked for, as
 // many as there is memory for. They are made in the background, one at a time.
@@ -100,7 +104,11 @@ func (t *templates) make(s *templateSlot, from templateMaker) {
 		close(s.booting)
 		// It ends with the Runner, and with it what others wait for here.
 		if err = t.making.lock(context.Background()); err == nil {
-			made, err = from.boot()
+			for tries := templateTries; tries > 0; tries-- {
+				if made, err = from.boot(); err == nil {
+					break
+				}
+			}
 			t.making.unlock()
 		}
 	}
