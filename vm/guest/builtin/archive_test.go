@@ -79,6 +79,36 @@ func tarOf(t testing.TB, format tar.Format, members ...member) []byte {
 	return b.Bytes()
 }
 
+func zipOf(t testing.TB, members ...member) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := zip.NewWriter(&b)
+	for _, m := range members {
+		h := &zip.FileHeader{Name: m.name, Method: zip.Deflate}
+		switch m.kind {
+		case sym:
+			h.SetMode(fs.ModeSymlink | 0o777)
+		case dir:
+			h.SetMode(fs.ModeDir | 0o755)
+		default:
+			if m.mode != 0 {
+				h.SetMode(fs.FileMode(m.mode))
+			}
+		}
+		f, err := w.CreateHeader(h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.Write([]byte(m.text)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
 // tree lists what is below a directory: kind, path, and contents or target.
 func tree(t testing.TB, dir string) []string {
 	t.Helper()
@@ -323,34 +353,6 @@ func bzipped(t *testing.T) []byte {
 }
 
 func TestUnpackZip(t *testing.T) {
-	zipOf := func(members ...member) []byte {
-		var b bytes.Buffer
-		w := zip.NewWriter(&b)
-		for _, m := range members {
-			h := &zip.FileHeader{Name: m.name, Method: zip.Deflate}
-			switch m.kind {
-			case sym:
-				h.SetMode(fs.ModeSymlink | 0o777)
-			case dir:
-				h.SetMode(fs.ModeDir | 0o755)
-			default:
-				if m.mode != 0 {
-					h.SetMode(fs.FileMode(m.mode))
-				}
-			}
-			f, err := w.CreateHeader(h)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if _, err := f.Write([]byte(m.text)); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if err := w.Close(); err != nil {
-			t.Fatal(err)
-		}
-		return b.Bytes()
-	}
 	var bzipped bytes.Buffer
 	w := zip.NewWriter(&bzipped)
 	text := strings.Repeat("x", 1000)
@@ -373,13 +375,13 @@ func TestUnpackZip(t *testing.T) {
 		err  string
 	}{
 		{"bzip2", bzipped.Bytes(), []string{"chan/", "chan/x " + text}, ""},
-		{"zip", zipOf(member{"d/", dir, "", 0}, member{"d/x", file, "x", 0o755}, member{"d/y", file, "yyy", 0o644}, member{"d/l", sym, "x", 0}),
+		{"zip", zipOf(t, member{"d/", dir, "", 0}, member{"d/x", file, "x", 0o755}, member{"d/y", file, "yyy", 0o644}, member{"d/l", sym, "x", 0}),
 			[]string{"chan/", "chan/l -> x", "chan/x* x", "chan/y yyy"}, ""},
-		{"no modes", zipOf(member{"d/x", file, "1", 0}), []string{"chan/", "chan/x 1"}, ""},
-		{"empty", zipOf(), nil, "channel tarball '</src>' is empty"},
-		{"symlink", zipOf(member{"d/l", sym, "/build", 0}, member{"d/l/x", file, "x", 0}), nil,
+		{"no modes", zipOf(t, member{"d/x", file, "1", 0}), []string{"chan/", "chan/x 1"}, ""},
+		{"empty", zipOf(t), nil, "channel tarball '</src>' is empty"},
+		{"symlink", zipOf(t, member{"d/l", sym, "/build", 0}, member{"d/l/x", file, "x", 0}), nil,
 			"failed to extract archive (<Cannot extract through symlink /out/d/l/x>)"},
-		{"parent", zipOf(member{"../x", file, "x", 0}), nil, "failed to extract archive (<Path contains '..'>)"},
+		{"parent", zipOf(t, member{"../x", file, "x", 0}), nil, "failed to extract archive (<Path contains '..'>)"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			made, log := unpack(t, tt.data)
@@ -425,6 +427,14 @@ func FuzzUnpackTar(f *testing.F) {
 	f.Add(tarOf(f, tar.FormatGNU, member{"d/l", sym, "../..", 0}, member{"d/l/x", file, "x", 0}))
 	f.Add(tarOf(f, tar.FormatPAX, member{"d/x", file, "1", 0}, member{"d/y", hard, "d/x", 0}, member{"d/x", dir, "", 0}))
 	f.Add(tarOf(f, tar.FormatUSTAR, member{"d", dir, "", 0}, member{"d", sym, "..", 0}, member{"d/victim", file, "1", 0}))
+	f.Add(zipOf(f, member{"d/l", sym, "../..", 0}, member{"d/l/x", file, "x", 0}))
+	var packed bytes.Buffer
+	z := gzip.NewWriter(&packed)
+	_, err := z.Write(tarOf(f, tar.FormatUSTAR, member{"d/x", file, "1", 0}))
+	if err := errors.Join(err, z.Close()); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(packed.Bytes())
 	f.Fuzz(func(t *testing.T, data []byte) {
 		data = withSums(data)
 		top := t.TempDir()
