@@ -8,10 +8,11 @@
 // the modules that the host packed beside it, leaves the initramfs for a tmpfs
 // (pivot_root does not work on an initramfs) and says hello. A template is saved
 // at that point, so everything before is common to all guests made from it, and
-// nothing before may depend on randomness or time. The scratch disk is mounted and
-// the sandbox is put together by then, as far as they are the same for all builds:
-// each clone has a copy of the disk, too. A wake brings randomness and time; until
-// then /proc/sys/kernel/random/boot_id is not read, and a build is refused. A guest runs one build and is killed.
+// nothing before may depend on randomness or time. By then the scratch disk is
+// mounted, of which each clone has a copy, too, and the sandbox is put together as
+// far as it is the same for all builds. A wake brings randomness and time; until
+// then /proc/sys/kernel/random/boot_id is not read, and a build is refused. A guest
+// runs one build and is killed.
 //
 // # The sandbox
 //

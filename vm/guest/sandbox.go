@@ -20,7 +20,7 @@ import (
 
 // The descriptors of the sandbox's first process besides the standard ones.
 const (
-	fdPlan   = 3 // reads a plan
+	fdPlan   = 3 // reads a scene, then a plan
 	fdStatus = 4 // says statusReady, then what went wrong; closed by the execve of the builder
 )
 
@@ -157,7 +157,7 @@ func warmPlan() error {
 
 // enter completes the sandbox and makes it the process's world.
 func (p *plan) enter(root string) error {
-	// The disk of the inputs has come from outside, as it does no more.
+	// The disk of the inputs has come; nothing else does.
 	if err := unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
 	}
@@ -189,7 +189,7 @@ func (s *scene) mount() error {
 	// What is mounted here is not seen outside. The disk of the inputs is mounted
 	// there later, and must be seen here.
 	if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
-		return fmt.Errorf("make mounts private: %w", err)
+		return fmt.Errorf("make mounts follow: %w", err)
 	}
 	// The new root and the store are mounts of their own; nothing can be linked
 	// or renamed from one to another.
