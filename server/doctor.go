@@ -113,7 +113,7 @@ func (d *doctor) guests(ctx context.Context, cfg vm.Config) {
 		d.bad("boot", err, "try another kernel with `nbd kernel import`")
 		return
 	}
-	d.ok("boot", fmt.Sprintf("a guest booted under %s in %.1f s", s.Accel, time.Since(start).Seconds()))
+	d.ok("boot", fmt.Sprintf("guests boot under %s; trying them took %.1f s", s.Accel, time.Since(start).Seconds()))
 	if s.WhyNotKVM != "" {
 		d.weak("kvm", s.WhyNotKVM+"; builds run under emulation, many times slower")
 	}
