@@ -112,7 +112,11 @@ type answers struct {
 	mu   sync.Mutex
 }
 
-// get returns the answer to key.
+// noLasts is how long it counts that something did not work. What was in its way
+// may not have been what was tried.
+const noLasts = 24 * time.Hour
+
+// get returns the answer to key, if there is one that counts.
 func (a *answers) get(key string) (answer, bool, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -121,7 +125,7 @@ func (a *answers) get(key string) (answer, bool, error) {
 		return answer{}, false, err
 	}
 	got, ok := all[key]
-	return got, ok, nil
+	return got, ok && (got.Works || time.Since(got.When) < noLasts), nil
 }
 
 // maxAnswers is how many answers are kept: of old kernels and QEMUs nobody asks.

@@ -133,7 +133,17 @@ func TestAnswers(t *testing.T) {
 	if _, ok, err := a.get("k"); ok || err != nil {
 		t.Errorf("of nothing: %v, %v", ok, err)
 	}
-	want := answer{Works: false, Reason: "hangs", When: time.Unix(1_000_000, 0).UTC()}
+	yes := answer{Works: true, When: time.Unix(1_000_000, 0).UTC()}
+	want := answer{Works: false, Reason: "hangs", When: time.Now().Round(time.Second).UTC()}
+	old := answer{Works: false, Reason: "hangs", When: want.When.Add(-noLasts)}
+	for key, put := range map[string]answer{"yes": yes, "old": old} {
+		if err := a.put(key, put); err != nil {
+			t.Fatal(err)
+		}
+		if got, ok, err := a.get(key); ok != put.Works || err != nil || got != put {
+			t.Errorf("%s: %v, %v, %v", key, got, ok, err)
+		}
+	}
 	if err := a.put("k", want); err != nil {
 		t.Fatal(err)
 	}
