@@ -36,7 +36,7 @@ const (
 // fakeMessages are what an honest guest may say, and what it may not.
 var fakeMessages = []link.Message{
 	&link.Started{}, &link.Outputs{Outputs: []link.OutputInfo{{Name: "out", Size: int64(len(fakeNAR))}}},
-	&link.Result{Kind: link.Exited}, &link.Beat{}, &link.Hello{Version: link.Version}, &link.Awake{}, &link.Cancel{},
+	&link.Result{Kind: link.Exited}, &link.Beat{}, &link.Hello{Version: link.Version}, &link.Awake{},
 	&link.Result{Kind: link.Exited, ExitStatus: 1}, &link.Result{Kind: link.Internal, Message: "?"}, &link.BuildOrder{}, &link.Wake{},
 }
 

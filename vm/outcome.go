@@ -109,8 +109,6 @@ func (b *build) judge(res *link.Result) error {
 	switch {
 	case res.Kind == link.Internal:
 		return b.g.explain(errors.New("the guest's agent failed: " + message))
-	case res.Kind == link.Cancelled:
-		return errors.New("the guest's agent gave up the build")
 	case res.IOErrors:
 		return b.g.explain(errors.New("a disk failed under the build"))
 	case res.OOMKills > 0:

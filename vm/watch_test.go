@@ -142,7 +142,6 @@ func TestJudge(t *testing.T) {
 		{"output missing", link.Result{Kind: link.OutputMissing}, OutputMissing},
 		{"output refused", link.Result{Kind: link.OutputRefused}, OutputRefused},
 		{"agent failed", link.Result{Kind: link.Internal}, 0},
-		{"cancelled", link.Result{Kind: link.Cancelled}, 0},
 		{"unknown", link.Result{Kind: "odd"}, 0},
 		{"killed for memory", link.Result{Kind: link.Signaled, Signal: 9, OOMKills: 1}, OutOfMemory},
 		{"a child killed for memory", link.Result{Kind: link.Exited, OOMKills: 1}, OutOfMemory},

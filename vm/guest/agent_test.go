@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -36,9 +35,6 @@ func TestAgentRefuses(t *testing.T) {
 			}
 		})
 	}
-	if err := (&agent{}).handle(&link.Cancel{}); err != nil {
-		t.Errorf("cancel without a build: %v", err)
-	}
 }
 
 func TestAgentSaysHello(t *testing.T) {
@@ -55,7 +51,7 @@ func TestAgentSaysHello(t *testing.T) {
 }
 
 // TestBuildFailureIsInternal sees that a build for which the guest has no disks
-// is told as the guest's failure, and a cancelled one as such.
+// is told as the guest's failure.
 func TestBuildFailureIsInternal(t *testing.T) {
 	order := &link.BuildOrder{Inputs: []string{"../x"}}
 	err := newTestStage(t).furnish(t.TempDir(), order)
@@ -63,20 +59,14 @@ func TestBuildFailureIsInternal(t *testing.T) {
 		t.Fatal("an input with such a name was found")
 	}
 	for _, tt := range []struct {
-		err    error
-		cancel bool
-		want   link.Result
+		err  error
+		want link.Result
 	}{
-		{err, false, link.Result{Kind: link.Internal, Message: `make sandbox: bad file name "../x"`}},
-		{err, true, link.Result{Kind: link.Cancelled}},
-		{refused("file %d", 1), false, link.Result{Kind: link.OutputRefused, Message: "file 1"}},
+		{err, link.Result{Kind: link.Internal, Message: `make sandbox: bad file name "../x"`}},
+		{refused("file %d", 1), link.Result{Kind: link.OutputRefused, Message: "file 1"}},
 	} {
-		b := newBuild(nil, order, nil, nil, new(atomic.Pointer[link.Usage]))
-		if tt.cancel {
-			b.cancel()
-		}
 		r := &link.Result{}
-		b.judge(r, tt.err)
+		judge(r, tt.err)
 		if diff := cmp.Diff(&tt.want, r); diff != "" {
 			t.Error(diff)
 		}

@@ -12,39 +12,28 @@ import (
 
 // A build is the one build of a guest.
 type build struct {
-	kit    *kit
-	order  *link.BuildOrder
-	conn   *link.Conn
-	log    io.Writer
-	used   *atomic.Pointer[link.Usage] // for beats; nothing before it runs
-	ctx    context.Context
-	cancel context.CancelFunc
-}
-
-func newBuild(k *kit, order *link.BuildOrder, conn *link.Conn, log io.Writer, used *atomic.Pointer[link.Usage]) *build {
-	b := &build{kit: k, order: order, conn: conn, log: log, used: used}
-	b.ctx, b.cancel = context.WithCancel(context.Background())
-	return b
+	kit   *kit
+	order *link.BuildOrder
+	conn  *link.Conn
+	log   io.Writer
+	used  *atomic.Pointer[link.Usage] // for beats; nothing before it runs
 }
 
 // run runs the build in the guest's own surroundings and returns its result.
 func (b *build) run() *link.Result {
 	r := &link.Result{}
 	if err := b.inGuest(r); err != nil {
-		b.judge(r, err)
+		judge(r, err)
 	}
 	return r
 }
 
 // judge says in r whose failure an error is.
-func (b *build) judge(r *link.Result, err error) {
+func judge(r *link.Result, err error) {
 	var bad *outputError
-	switch {
-	case errors.As(err, &bad):
+	if errors.As(err, &bad) {
 		r.Kind, r.Message = bad.kind, bad.msg
-	case b.ctx.Err() != nil:
-		r.Kind = link.Cancelled
-	default:
+	} else {
 		r.Kind, r.Message = link.Internal, err.Error()
 	}
 }
@@ -79,7 +68,7 @@ func (b *build) inGuest(r *link.Result) error {
 	}
 	// A build that met its limit of processes has failed, whatever it makes of
 	// that: a fork bomb would go on for ever.
-	ctx, cancel := context.WithCancel(b.ctx)
+	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	unwatch, err := group.onProcessLimit(cancel)
 	if err != nil {
@@ -94,9 +83,6 @@ func (b *build) inGuest(r *link.Result) error {
 		runErr = b.kit.sandbox.run(ctx, st, b.order, b.log, started, r)
 	}
 	if err := errors.Join(runErr, unwatch(), b.account(r, group, looks, disks)); err != nil {
-		return err
-	}
-	if err := b.ctx.Err(); err != nil {
 		return err
 	}
 	if r.Kind != link.Exited || r.ExitStatus != 0 {

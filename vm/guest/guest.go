@@ -154,13 +154,8 @@ func (a *agent) handle(m link.Message) error {
 		if a.build != nil {
 			return errors.New("second build ordered")
 		}
-		a.build = newBuild(a.kit, m, a.conn, a.log, &a.used)
+		a.build = &build{kit: a.kit, order: m, conn: a.conn, log: a.log, used: &a.used}
 		go a.runBuild(a.build)
-		return nil
-	case *link.Cancel:
-		if a.build != nil {
-			a.build.cancel()
-		}
 		return nil
 	}
 	return fmt.Errorf("host sent %T", m)

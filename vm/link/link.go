@@ -7,7 +7,6 @@
 //	guest: hello                      after booting (never after a restore)
 //	host:  wake      guest: awake     entropy, time
 //	host:  build     guest: started, then outputs (on success), then result
-//	host:  cancel                     at any time; answered by result
 //	guest: beat                       every BeatInterval from awake on
 //
 // Each side bounds what it accepts: the guest trusts its host and takes build

@@ -22,7 +22,6 @@ var messages = []Message{
 	&Awake{},
 	&Beat{},
 	&Beat{Usage: &Usage{CPUUser: time.Second, CPUSystem: 1, PeakMemory: 1 << 33, PeakScratch: 4096}},
-	&Cancel{},
 	&Started{},
 	&BuildOrder{
 		DrvPath: "/nix/store/s66mzxpvicwk07gjbjfw9izjfa797vsw-hello.drv",

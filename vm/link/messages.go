@@ -103,9 +103,6 @@ type Usage struct {
 	PeakScratch        int64         // bytes in use on the scratch disk at most
 }
 
-// Cancel ends the build that runs. The guest answers with a Result.
-type Cancel struct{}
-
 // Started says that the builder program runs (its execve succeeded or its
 // failure is in the log).
 type Started struct{}
@@ -208,8 +205,6 @@ const (
 	// OutputRefused: an output is nothing that a store can hold; Message is
 	// for the user.
 	OutputRefused Kind = "output-refused"
-	// Cancelled: the host asked for it.
-	Cancelled Kind = "cancelled"
 	// Internal: the guest itself failed, Message says how; the build has
 	// neither succeeded nor failed.
 	Internal Kind = "internal"
@@ -240,7 +235,6 @@ func (*Hello) messageType() string      { return "hello" }
 func (*Wake) messageType() string       { return "wake" }
 func (*Awake) messageType() string      { return "awake" }
 func (*Beat) messageType() string       { return "beat" }
-func (*Cancel) messageType() string     { return "cancel" }
 func (*Started) messageType() string    { return "started" }
 func (*BuildOrder) messageType() string { return "build" }
 func (*Outputs) messageType() string    { return "outputs" }
@@ -257,8 +251,6 @@ func newMessage(messageType string) Message {
 		return new(Awake)
 	case "beat":
 		return new(Beat)
-	case "cancel":
-		return new(Cancel)
 	case "started":
 		return new(Started)
 	case "build":
