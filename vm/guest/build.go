@@ -66,15 +66,15 @@ func (b *build) inGuest(r *link.Result) error {
 	if err := group.begin(limit, b.order.MaxProcesses, b.order.CPUs); err != nil {
 		return err
 	}
-	// A build that met its limit of processes has failed, whatever it makes of
-	// that: a fork bomb would go on for ever.
+	// A build that met its limit of processes, or has filled its disk, has failed,
+	// whatever it makes of that: it would perhaps go on for ever.
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	unwatch, err := group.onProcessLimit(cancel)
 	if err != nil {
 		return err
 	}
-	looks := startSampler(group, func() (diskUse, error) { return useOfDisk(scratchDir) }, b.used)
+	looks := startSampler(group, func() (diskUse, error) { return useOfDisk(scratchDir) }, cancel, b.used)
 	started := func() error { return b.conn.Send(&link.Started{}) }
 	var runErr error
 	if b.order.Unconfined {

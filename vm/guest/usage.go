@@ -8,8 +8,8 @@ import (
 )
 
 // A build's use of memory and disk is looked at while it runs: a builder that
-// filled its disk and removed what it wrote has failed for that all the same. The
-// next look comes before the disk can be full at fillRate.
+// filled its disk has failed, though it went on without what it could not write,
+// and is ended. The next look comes before the disk can be full at fillRate.
 const (
 	mostBetweenLooks  = time.Second
 	leastBetweenLooks = 20 * time.Millisecond
@@ -28,6 +28,7 @@ func untilNextLook(free int64) time.Duration {
 type sampler struct {
 	group  *cgroup
 	disk   func() (diskUse, error)
+	onFull func() // is called when the disk is seen to be full
 	latest *atomic.Pointer[link.Usage]
 
 	quit, done chan struct{}
@@ -39,8 +40,8 @@ type sampler struct {
 }
 
 // startSampler makes a sampler look; stop must be called.
-func startSampler(group *cgroup, disk func() (diskUse, error), latest *atomic.Pointer[link.Usage]) *sampler {
-	s := &sampler{group: group, disk: disk, latest: latest, quit: make(chan struct{}), done: make(chan struct{})}
+func startSampler(group *cgroup, disk func() (diskUse, error), onFull func(), latest *atomic.Pointer[link.Usage]) *sampler {
+	s := &sampler{group: group, disk: disk, onFull: onFull, latest: latest, quit: make(chan struct{}), done: make(chan struct{})}
 	go s.run()
 	return s
 }
@@ -50,6 +51,10 @@ func (s *sampler) run() {
 	for {
 		var free int64
 		if free, s.err = s.look(); s.err != nil {
+			return
+		}
+		if s.full {
+			s.onFull()
 			return
 		}
 		timer := time.NewTimer(untilNextLook(free))

@@ -26,20 +26,18 @@ func fakeGroup(t *testing.T) *cgroup {
 // TestSampler has a disk that is full for a moment between others.
 func TestSampler(t *testing.T) {
 	var looks atomic.Int32
-	seen := make(chan struct{})
+	seen := make(chan struct{}) // closed once
 	disk := func() (diskUse, error) {
 		switch looks.Add(1) {
 		case 1:
 			return diskUse{used: 1 << 20, free: 1 << 10}, nil
 		case 2:
 			return diskUse{used: 3 << 20, free: 0, full: true}, nil
-		case 3:
-			close(seen)
 		}
 		return diskUse{used: 2 << 20, free: 1 << 10}, nil
 	}
 	var latest atomic.Pointer[link.Usage]
-	s := startSampler(fakeGroup(t), disk, &latest)
+	s := startSampler(fakeGroup(t), disk, func() { close(seen) }, &latest)
 	<-seen
 	want := link.Usage{CPUUser: 2 * time.Second, CPUSystem: 1500 * time.Millisecond, PeakMemory: 4096, PeakScratch: 3 << 20}
 	used, full, err := s.stop()
@@ -52,7 +50,7 @@ func TestSampler(t *testing.T) {
 func TestSamplerFails(t *testing.T) {
 	broken := errors.New("broken")
 	var latest atomic.Pointer[link.Usage]
-	s := startSampler(fakeGroup(t), func() (diskUse, error) { return diskUse{}, broken }, &latest)
+	s := startSampler(fakeGroup(t), func() (diskUse, error) { return diskUse{}, broken }, nil, &latest)
 	if _, _, err := s.stop(); !errors.Is(err, broken) {
 		t.Errorf("got %v", err)
 	}
