@@ -134,7 +134,7 @@ func TestAnswers(t *testing.T) {
 		t.Errorf("of nothing: %v, %v", ok, err)
 	}
 	yes := answer{Works: true, When: time.Unix(1_000_000, 0).UTC()}
-	want := answer{Works: false, Reason: "hangs", When: time.Now().Round(time.Second).UTC()}
+	want := answer{Works: false, Reason: "hangs", When: time.Now().Truncate(time.Second).UTC()}
 	old := answer{Works: false, Reason: "hangs", When: want.When.Add(-noLasts)}
 	for key, put := range map[string]answer{"yes": yes, "old": old} {
 		if err := a.put(key, put); err != nil {
