@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"slices"
+
+	"nbd/vm"
 )
 
 // An offering is what builds of this server may ask for now.
@@ -41,19 +43,17 @@ func (o *offering) note(list *[]string, name string, offered, off bool, why stri
 	}
 }
 
-// offeredTo returns what is offered, found out first if what is required is not
-// known yet: after a start that takes a moment. Its errors are ctx's.
-func (b *Builds) offeredTo(ctx context.Context, required []string) (offering, error) {
-	for _, f := range b.cfg.Runner.Features() {
-		if !f.Unknown || !slices.Contains(required, f.Name) {
-			continue
-		}
+// offeredTo returns what is offered to who requires a feature of guests. If that is
+// not known yet it is found out first: after a start that takes a moment. Its
+// errors are ctx's.
+func (b *Builds) offeredTo(ctx context.Context, feature string) (offering, error) {
+	unknown := func(f vm.Feature) bool { return f.Unknown && f.Name == feature }
+	if slices.ContainsFunc(b.cfg.Runner.Features(), unknown) {
 		if _, err := b.cfg.Runner.Qualify(ctx, false); ctx.Err() != nil {
 			return offering{}, context.Cause(ctx)
 		} else if err != nil {
 			b.cfg.Logger.Warn("what guests can do is not known; features are not offered", "err", err)
 		}
-		break
 	}
 	return b.offered(), nil
 }

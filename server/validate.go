@@ -40,16 +40,17 @@ func (b *Builds) checkOffered(ctx context.Context, path nixproto.StorePath, drv 
 	if err != nil {
 		return refusef("cannot build '%s': %v", path, err)
 	}
-	if len(required) > 0 {
-		o, err := b.offeredTo(ctx, required)
+	for _, f := range required {
+		if slices.Contains(ownFeatures, f) {
+			continue
+		}
+		o, err := b.offeredTo(ctx, f)
 		if err != nil {
 			return err
 		}
-		for _, f := range required {
-			if !slices.Contains(o.features, f) {
-				return refusef("cannot build '%s': it requires the system feature '%s', %s",
-					path, f, o.lack(f, "and this server offers %s", o.features))
-			}
+		if !slices.Contains(o.features, f) {
+			return refusef("cannot build '%s': it requires the system feature '%s', %s",
+				path, f, o.lack(f, "and this server offers %s", o.features))
 		}
 	}
 	if attrs.bool("__noChroot") {
