@@ -20,6 +20,7 @@ type sandbox struct {
 	group  *cgroup // may be nil
 	cmd    *exec.Cmd
 	master *os.File // of the terminal
+	bound  int      // how many binds of the stage it has made already
 	plan   *os.File // takes the plan
 	status *os.File // says what went wrong; ends when the builder is executed
 }
@@ -28,7 +29,7 @@ type sandbox struct {
 // returns when it has put together what the stage has so far and waits for its
 // plan. The sandbox must be run.
 func newSandbox(group *cgroup, st *stage) (_ *sandbox, err error) {
-	s := &sandbox{group: group}
+	s := &sandbox{group: group, bound: len(st.binds)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("start sandbox: %w", err), s.end())
@@ -146,7 +147,7 @@ const maxStatus = 4096
 // builder, or with what kept it from that.
 func (s *sandbox) begin(st *stage, order *link.BuildOrder) error {
 	err := json.NewEncoder(s.plan).Encode(&plan{
-		Binds: st.added, System: order.System, Builder: order.Builder, Args: order.Args, Env: order.Env, Builtin: builtinOrder(order),
+		Binds: st.binds[s.bound:], System: order.System, Builder: order.Builder, Args: order.Args, Env: order.Env, Builtin: builtinOrder(order),
 	})
 	if errors.Is(err, syscall.EPIPE) { // then it has ended, and says why
 		err = nil

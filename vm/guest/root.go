@@ -52,8 +52,7 @@ type bind struct{ Source, Target string }
 type stage struct {
 	dir   string
 	made  []string // paths of what every sandbox has
-	binds []bind   // of that, what is bound
-	added []bind   // what this build's has beside that
+	binds []bind   // what the sandbox's first process has to bind
 }
 
 func (s *stage) root() string  { return filepath.Join(s.dir, "root") }
@@ -147,7 +146,7 @@ func (s *stage) makeTree() error {
 
 func (s *stage) makeDevices() error {
 	for _, name := range devices {
-		if err := s.bindFile(&s.binds, "/dev/"+name, "/dev/"+name); err != nil {
+		if err := s.bindFile("/dev/"+name, "/dev/"+name); err != nil {
 			return err
 		}
 	}
@@ -168,7 +167,7 @@ func (s *stage) makeKVM(wanted bool) error {
 	if _, err := os.Stat(kvmDevice); err != nil {
 		return fmt.Errorf("the build wants a device that the guest lacks: %w", err)
 	}
-	return s.bindFile(&s.added, kvmDevice, kvmDevice)
+	return s.bindFile(kvmDevice, kvmDevice)
 }
 
 func (s *stage) makeShell(shell string) error {
@@ -180,7 +179,7 @@ func (s *stage) makeShell(shell string) error {
 		return err
 	}
 	s.made = append(s.made, bin)
-	return s.bindFile(&s.binds, shell, "/bin/sh")
+	return s.bindFile(shell, "/bin/sh")
 }
 
 // makeInputs makes a place for each store object. A symlink cannot be bound,
@@ -200,7 +199,7 @@ func (s *stage) makeInputs(dir string, names []string) error {
 			if err := os.Mkdir(filepath.Join(s.root(), target), 0o755); err != nil {
 				return err
 			}
-			s.added = append(s.added, bind{source, target})
+			s.binds = append(s.binds, bind{source, target})
 		case info.Mode()&fs.ModeSymlink != 0:
 			to, err := os.Readlink(source)
 			if err != nil {
@@ -210,7 +209,7 @@ func (s *stage) makeInputs(dir string, names []string) error {
 				return err
 			}
 		default:
-			if err := s.bindFile(&s.added, source, target); err != nil {
+			if err := s.bindFile(source, target); err != nil {
 				return err
 			}
 		}
@@ -218,13 +217,13 @@ func (s *stage) makeInputs(dir string, names []string) error {
 	return nil
 }
 
-// bindFile makes a place for a file that is bound, and adds it to all of those.
-func (s *stage) bindFile(all *[]bind, source, target string) error {
+// bindFile makes a place for a file that is bound.
+func (s *stage) bindFile(source, target string) error {
 	path := filepath.Join(s.root(), target)
 	if err := unix.Mknod(path, unix.S_IFREG|0o644, 0); err != nil {
 		return fmt.Errorf("make %s: %w", path, err)
 	}
-	*all = append(*all, bind{source, target})
+	s.binds = append(s.binds, bind{source, target})
 	return nil
 }
 

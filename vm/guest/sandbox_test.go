@@ -329,7 +329,7 @@ func TestSandboxThatCannotBeMade(t *testing.T) {
 	l := newLab(t)
 	dir := t.TempDir()
 	st, s := l.stage(dir)
-	st.added = append(st.added, bind{"/nonexistent", "/tmp"})
+	st.binds = append(st.binds, bind{"/nonexistent", "/tmp"})
 	r := &link.Result{}
 	err := s.run(context.Background(), st, l.order, io.Discard, func() error { return nil }, r)
 	if err == nil || !strings.Contains(err.Error(), "bind /tmp: no such file or directory") {
