@@ -15,9 +15,10 @@ import (
 // Run runs spec's build in a new guest and returns when nothing of the guest
 // is left. A build that failed is a *BuildError, one that nobody could run a
 // *SpecError; any other error is transient. The log's bytes go to log as they
-// come: log must not block for long, it holds up the builder. Outputs arrive in outs before Run returns; after an error the
-// caller drops them. The Result of a build whose guest ran is not nil with an
-// error either: it tells what is known, as of a few seconds before a kill.
+// come: log must not block for long, it holds up the builder. Outputs arrive in
+// outs before Run returns; after an error the caller drops them. The Result of a
+// build whose guest ran is not nil with an error either: it tells what is known, as
+// of a few seconds before a kill.
 //
 // When ctx ends the guest is killed at once and Run returns ctx's cause.
 func (r *Runner) Run(ctx context.Context, spec *Spec, log io.Writer, outs Outputs) (res *Result, err error) {

@@ -214,7 +214,7 @@ func decodeTemplate(file io.Reader, size int64, id string) (_ *template, err err
 	if h.ID != id {
 		return nil, fmt.Errorf("%w: it is another one", errNotSaved)
 	}
-	t, err := newTemplate(h.MemoryMiB)
+	t, err := newTemplate(h.MemoryMiB, h.ScratchGiB)
 	if err != nil {
 		return nil, err
 	}
@@ -223,9 +223,6 @@ func decodeTemplate(file io.Reader, size int64, id string) (_ *template, err err
 			t.release()
 		}
 	}()
-	if err := t.disk.Truncate(int64(h.ScratchGiB) << 30); err != nil {
-		return nil, err
-	}
 	buf := make([]byte, 1<<20)
 	err = h.each(t, func(f *os.File, off, n int64) error {
 		got, err := io.CopyBuffer(io.NewOffsetWriter(f, off), io.LimitReader(r, n), buf)

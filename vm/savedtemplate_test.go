@@ -19,7 +19,7 @@ import (
 // filledTemplate returns a template with something in it.
 func filledTemplate(t testing.TB, m machine) *template {
 	t.Helper()
-	made, err := newTemplate(m.memoryMiB)
+	made, err := newTemplate(m.memoryMiB, m.scratchGiB)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -30,7 +30,7 @@ type template struct {
 }
 
 // newTemplate returns a template that is to be filled, with one use.
-func newTemplate(memoryMiB int) (_ *template, err error) {
+func newTemplate(memoryMiB, scratchGiB int) (_ *template, err error) {
 	t := &template{users: 1}
 	defer func() {
 		if err != nil {
@@ -43,7 +43,7 @@ func newTemplate(memoryMiB int) (_ *template, err error) {
 	if t.state, err = memfd("nbd-template-state", 0); err != nil {
 		return nil, err
 	}
-	if t.disk, err = memfd("nbd-template-disk", 0); err != nil {
+	if t.disk, err = memfd("nbd-template-disk", int64(scratchGiB)<<30); err != nil {
 		return nil, err
 	}
 	return t, nil
@@ -147,7 +147,7 @@ func emptyDisks() guestDisks {
 // saveGuest boots a guest and saves it. What it has written to its scratch disk is
 // a part of it: its kernel remembers.
 func (r *Runner) saveGuest(ctx context.Context, p *platform, m machine) (_ *template, err error) {
-	t, err := newTemplate(m.memoryMiB)
+	t, err := newTemplate(m.memoryMiB, m.scratchGiB)
 	if err != nil {
 		return nil, err
 	}

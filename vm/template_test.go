@@ -16,7 +16,7 @@ import (
 // emptyTemplate returns a template of nothing.
 func emptyTemplate(t testing.TB) *template {
 	t.Helper()
-	made, err := newTemplate(1)
+	made, err := newTemplate(1, 1)
 	if err != nil {
 		t.Fatal(err)
 	}

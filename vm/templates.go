@@ -104,7 +104,7 @@ func (t *templates) make(s *templateSlot, from templateMaker) {
 		close(s.booting)
 		// It ends with the Runner, and with it what others wait for here.
 		if err = t.making.lock(context.Background()); err == nil {
-			for tries := templateTries; tries > 0; tries-- {
+			for range templateTries {
 				if made, err = from.boot(); err == nil {
 					break
 				}
